@@ -94,8 +94,10 @@ test-wheel-arm: $(VENV)/.wheel  ## Run the Python tests with the wheel for 64-bi
 test-amx:  ## Run the kernel and model tests on an emulated CPU with AMX, in an hour or two. Installs Debian packages.
 	scripts/test_amx.sh
 
-# Threads of NumPy's linear algebra wait for work by spinning.
+# Threads of NumPy's linear algebra wait for work by spinning. Hundreds of processes import the package, and each would
+# compile it if bytecode was not kept.
 test-python: export OPENBLAS_NUM_THREADS = 1
+test-python: export PYTHONDONTWRITEBYTECODE =
 test-python: $(VENV)/.installed $(VENV)/.check  ## Run the Python tests on a release build.
 	$(BIN)/python -m pytest --numprocesses $(TEST_WORKERS) --dist worksteal
 

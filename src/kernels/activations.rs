@@ -161,6 +161,12 @@ impl<const R: usize> Tile<'_, R> {
     /// The INT8 code of `row` at `column`.
     #[inline]
     pub fn code(&self, row: usize, column: usize) -> i8 {
-        bytemuck::cast_ref::<[i32; 8], [i8; BLOCK]>(&self.codes[column / BLOCK][row])[column % BLOCK]
+        self.codes_of(row, column / BLOCK)[column % BLOCK]
+    }
+
+    /// The INT8 codes of `row` in block `block`.
+    #[inline]
+    pub(super) fn codes_of(&self, row: usize, block: usize) -> &[i8; BLOCK] {
+        bytemuck::cast_ref(&self.codes[block][row])
     }
 }

@@ -51,19 +51,23 @@ impl Panels<'_, '_> {
             layout => layout,
         };
         let output_scale = if blocks.end == self.x.blocks() { w.output_scale() } else { 1.0 };
-        for r in 0..rows {
-            let out = &mut self.out.row_mut(row + r)[p * PANEL..];
-            for (lane, out) in out.iter_mut().take(PANEL).enumerate() {
-                let mut acc = if blocks.start > 0 { *out } else { 0.0 };
-                for group in 0..panel.scales.len() {
-                    let weights = Group { layout, panel, group, lane };
-                    acc = if layout.group <= BLOCK {
-                        weights.add_narrow(&x, r, acc)
-                    } else {
-                        weights.add_wide(&x, r, acc)
-                    };
+        let width = self.out.row_mut(row).len();
+        for (lane, column) in (p * PANEL..width.min((p + 1) * PANEL)).enumerate() {
+            let mut sums = [0.0; R];
+            let sums = &mut sums[..rows];
+            if blocks.start > 0 {
+                sums.iter_mut().enumerate().for_each(|(r, sum)| *sum = self.out.row_mut(row + r)[column]);
+            }
+            for group in 0..panel.scales.len() {
+                let weights = Group { layout, panel, group, lane };
+                if layout.group <= BLOCK {
+                    weights.add_narrow(&x, sums);
+                } else {
+                    weights.add_wide(&x, sums);
                 }
-                *out = acc * output_scale;
+            }
+            for (r, sum) in sums.iter().enumerate() {
+                self.out.row_mut(row + r)[column] = sum * output_scale;
             }
         }
     }
@@ -79,10 +83,13 @@ struct Group<'a> {
 }
 
 impl Group<'_> {
-    /// The codes' dot product with row `r` of a tile over `columns`, without the zero point.
-    fn dot<const R: usize>(&self, columns: Range<usize>, x: &Tile<'_, R>, r: usize) -> i32 {
-        let code = |column| self.panel.integer(self.layout.code, self.lane, column);
-        columns.map(|column| code(column) * i32::from(x.code(r, column))).sum()
+    /// The codes at `columns`, at most a block, and zeros after them. Decoded once for all rows of a tile.
+    fn codes(&self, columns: Range<usize>) -> [i32; BLOCK] {
+        let mut codes = [0; BLOCK];
+        for (code, column) in codes.iter_mut().zip(columns) {
+            *code = self.panel.integer(self.layout.code, self.lane, column);
+        }
+        codes
     }
 
     fn scale(&self) -> f32 {
@@ -94,37 +101,45 @@ impl Group<'_> {
     }
 
     /// Adds a group that is a block or half a block.
-    fn add_narrow<const R: usize>(&self, x: &Tile<'_, R>, r: usize, acc: f32) -> f32 {
-        let (layout, halves) = (self.layout, BLOCK / self.layout.group);
+    fn add_narrow<const R: usize>(&self, x: &Tile<'_, R>, sums: &mut [f32]) {
+        let (group, halves) = (self.layout.group, BLOCK / self.layout.group);
         let (block, half) = (self.group / halves, self.group % halves);
-        let (zero, sum) = match halves {
-            1 => (x.zeros[block][r], x.sums[block][r]),
-            _ => (x.half_zeros[block][half][r], x.half_sums[block][half][r]),
+        let (zeros, sums_of_x) = match halves {
+            1 => (&x.zeros[block], &x.sums[block]),
+            _ => (&x.half_zeros[block][half], &x.half_sums[block][half]),
         };
-        let mut dot = self.dot(self.group * layout.group..(self.group + 1) * layout.group, x, r);
-        dot += self.zero(zero);
-        let acc = (dot as f32).mul_add(self.scale() * x.scales[block][r], acc);
-        if layout.min { self.min().mul_add(sum, acc) } else { acc }
+        let codes = self.codes(self.group * group..(self.group + 1) * group);
+        for (r, sum) in sums.iter_mut().enumerate() {
+            let dot = dot(&codes, &x.codes_of(r, block)[half * group..]) + self.zero(zeros[r]);
+            *sum = (dot as f32).mul_add(self.scale() * x.scales[block][r], *sum);
+            if self.layout.min {
+                *sum = self.min().mul_add(sums_of_x[r], *sum);
+            }
+        }
     }
 
     /// Adds a group of several blocks: in runs of [`LONGEST_RUN`] columns, first the blocks of a run, each times the activations' scale,
     /// then their sum times the weights' scale.
-    fn add_wide<const R: usize>(&self, x: &Tile<'_, R>, r: usize, mut acc: f32) -> f32 {
+    fn add_wide<const R: usize>(&self, x: &Tile<'_, R>, sums: &mut [f32]) {
         let of_group = self.layout.group / BLOCK;
         let blocks = self.group * of_group..((self.group + 1) * of_group).min(x.codes.len());
         for first in blocks.clone().step_by(LONGEST_RUN / BLOCK) {
             let run = first..blocks.end.min(first + LONGEST_RUN / BLOCK);
-            let mut part = 0.0f32;
+            let mut parts = [0.0f32; R];
             for block in run.clone() {
-                let dot = self.dot(block * BLOCK..(block + 1) * BLOCK, x, r) + self.zero(x.zeros[block][r]);
-                part = (dot as f32).mul_add(x.scales[block][r], part);
+                let codes = self.codes(block * BLOCK..(block + 1) * BLOCK);
+                for (r, part) in parts[..sums.len()].iter_mut().enumerate() {
+                    let dot = dot(&codes, x.codes_of(r, block)) + self.zero(x.zeros[block][r]);
+                    *part = (dot as f32).mul_add(x.scales[block][r], *part);
+                }
             }
-            acc = part.mul_add(self.scale(), acc);
-            if self.layout.min {
-                acc = run.fold(acc, |acc, block| self.min().mul_add(x.sums[block][r], acc));
+            for (r, (part, sum)) in parts.iter().zip(sums.iter_mut()).enumerate() {
+                *sum = part.mul_add(self.scale(), *sum);
+                if self.layout.min {
+                    *sum = run.clone().fold(*sum, |sum, block| self.min().mul_add(x.sums[block][r], sum));
+                }
             }
         }
-        acc
     }
 
     /// What the zero point of the codes adds to a dot product, from `of_int4`, which 4-bit codes need.
@@ -134,6 +149,11 @@ impl Group<'_> {
             _ => 0,
         }
     }
+}
+
+/// The dot product, over as many numbers as the shorter one has.
+fn dot(weights: &[i32], x: &[i8]) -> i32 {
+    weights.iter().zip(x).map(|(weight, x)| weight * i32::from(*x)).sum()
 }
 
 fn product_float(w: &Packed, panels: Range<usize>, x: &[f32], stride: usize, out: &mut Columns<'_>) {

@@ -277,7 +277,16 @@ impl Linear {
         // panels, which kernels multiply together.
         let step = (self.width / PANEL).div_ceil(threads * 4).next_multiple_of(2) * PANEL;
         let mut all = Columns::whole(out, rows, self.width);
-        scope.for_each_columns(&mut all, step, |range, out| self.columns_of(kernel, x, range, out));
+        if scope.nodes() == 1 {
+            scope.for_each_columns(&mut all, step, |range, out| self.columns_of(kernel, x, range, out));
+            return;
+        }
+        // One part after the other: each NUMA node has the same part of every matrix in its memory.
+        for (part, start) in self.parts.iter().zip(&self.starts) {
+            let step = part.panels().div_ceil(threads * 4).next_multiple_of(2) * PANEL;
+            let mut own = all.narrow(*start..self.width.min(start + part.panels() * PANEL));
+            scope.for_each_columns(&mut own, step, |range, out| self.columns_of(kernel, x, range, out));
+        }
     }
 
     /// As [`Linear::apply`], by one thread.

@@ -52,6 +52,8 @@ struct State {
     /// Lines of it that are in memory: whole huge pages.
     present: usize,
     pages: Pages,
+    /// Whether the memory of a buffer is fetched at once.
+    is_spread: bool,
     /// Huge pages of maps that lie on ordinary ones.
     ordinary: Vec<(Weak<Region>, Range<usize>)>,
     /// Buffers that were returned, where later ones get their memory.
@@ -76,7 +78,23 @@ impl Arena {
         let pages = if expected >= SMALLEST_MODEL && are_wanted() { Pages::Huge } else { Pages::Separate };
         let map = (expected / MAPS).clamp(MAP, LARGEST_MAP);
         let (ordinary, returned) = (vec![], None);
-        Arena(Mutex::new(State { region: None, map, taken: 0, present: 0, pages, ordinary, returned }))
+        Arena(Mutex::new(State {
+            region: None,
+            map,
+            taken: 0,
+            present: 0,
+            pages,
+            is_spread: false,
+            ordinary,
+            returned,
+        }))
+    }
+
+    /// The arena, which fetches the memory of each buffer at once if `is_spread`: the threads of a NUMA node then get the same part
+    /// of every buffer.
+    pub(crate) fn spread(self, is_spread: bool) -> Arena {
+        self.state().is_spread = is_spread;
+        self
     }
 
     /// An arena as [`Arena::new`], whose buffers get the memory of those that were [returned](Arena::put_back).
@@ -187,7 +205,8 @@ impl State {
             let first = self.present / HUGE_LINES;
             let missing = (self.taken - self.present).div_ceil(HUGE_LINES);
             // In parts, so that a system for which huge pages take long is noticed soon.
-            let count = missing.min(if self.pages == Pages::Huge { 8 } else { 32 });
+            let most = if self.pages == Pages::Huge { 8 } else { 32 };
+            let count = if self.is_spread { missing } else { missing.min(most) };
             self.present += count * HUGE_LINES;
             let is_huge = self.pages != Pages::Ordinary;
             // A system that refuses has ordinary pages instead.
@@ -283,6 +302,24 @@ mod tests {
     fn fill(buffer: &mut AlignedBuf, with: u8) {
         assert!(buffer.iter().all(|line| line.0 == [0; 64]));
         buffer.fill(CacheLine([with; 64]));
+    }
+
+    #[test]
+    fn memory_that_is_spread_is_fetched_at_once() {
+        const PAGES: usize = 20;
+        let counts = |arena: Arena| {
+            let counts = Mutex::new(Vec::new());
+            let for_each: ForEach<'_> = &|count, item| {
+                counts.lock().unwrap().push(count);
+                (0..count).for_each(item);
+            };
+            arena.take(PAGES * HUGE_LINES, "a test", for_each).unwrap();
+            counts.into_inner().unwrap()
+        };
+        if are_wanted() {
+            assert_eq!(counts(Arena::new(1 << 30).spread(true))[0], PAGES);
+            assert!(counts(Arena::new(1 << 30))[0] < PAGES);
+        }
     }
 
     #[test]

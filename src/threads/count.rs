@@ -8,7 +8,7 @@ use std::ffi::OsStr;
 use crate::{Error, Result};
 
 #[cfg(any(target_os = "linux", test))]
-mod linux;
+pub(super) mod linux;
 
 /// The maximum number of threads.
 pub const MAX_THREADS: usize = 1024;

@@ -8,13 +8,18 @@
 //! help():   while unclaimed > 0 { unclaimed -= 1, atomically; run that index; done += 1 }; unfinished -= done
 //! ```
 //!
+//! On a machine with several NUMA nodes, each has its own `unclaimed`, for its share of the indices. A thread claims those of
+//! its node first, and then those that other nodes have left.
+//!
 //! **Why it is sound.** `job` points to the leader's stack. A thread reads it only after it has claimed an index, and
 //! reports that index as finished only after its last use of the job. A claimed, unfinished index keeps `unfinished` above
 //! zero, so the leader is still waiting, its stack frame is alive and the slot still holds the same job. It does not
 //! matter how long a thread slept before its claim, or from which job its last look at `unclaimed` dates: a claim that
 //! succeeds is a claim of the job in the slot. Each success lowers `unclaimed` by one, so no index is given out twice.
+//! `unfinished` counts all indices before the first node's `unclaimed` is set, so the same holds while the others are still
+//! to be set.
 //!
-//! **Memory orderings.** The leader's `Release` store of `unclaimed` and the `Acquire` claims (all of them, since
+//! **Memory orderings.** The leader's `Release` store of each `unclaimed` and the `Acquire` claims (all of them, since
 //! read-modify-writes continue the store's release sequence) make `job`, and everything that the leader wrote before,
 //! visible to the items. The `Release` subtractions from `unfinished` and the leader's `Acquire` load of zero make
 //! everything that the items wrote visible to the leader. Only `Waker` deals with sleep.
@@ -52,10 +57,26 @@ impl Job {
 #[repr(align(128))]
 struct OwnLine<T>(T);
 
+/// The indices of one NUMA node.
+struct Share {
+    /// Those of the current job that no thread has claimed.
+    unclaimed: OwnLine<AtomicUsize>,
+    /// The threads of this node and those before it: the share ends at this part of the indices.
+    threads: usize,
+}
+
+/// An index that a thread has claimed.
+struct Claim {
+    /// The share that it belongs to.
+    share: usize,
+    /// How many indices of the share were left before, at least 1.
+    left: usize,
+}
+
 /// The slot into which the leader puts jobs and from which workers take them. One leader at a time, any number of workers.
 pub(super) struct JobSlot {
-    /// Indices of the current job that no thread has claimed.
-    unclaimed: OwnLine<AtomicUsize>,
+    /// One for each NUMA node.
+    shares: Box<[Share]>,
     /// Indices of the current job that are not reported as finished.
     unfinished: OwnLine<AtomicUsize>,
     /// The current job. The module documentation says when it may be read.
@@ -71,10 +92,15 @@ pub(super) struct JobSlot {
 }
 
 impl JobSlot {
-    /// An empty slot. Threads that wait for each other spin for `spin_time` before they sleep.
-    pub(super) fn new(spin_time: Duration) -> Self {
+    /// An empty slot for nodes with these numbers of threads. Threads that wait for each other spin for `spin_time` before they
+    /// sleep.
+    pub(super) fn new(threads: impl Iterator<Item = usize>, spin_time: Duration) -> Self {
+        let up_to = threads.scan(0, |sum, threads| {
+            *sum += threads;
+            Some(*sum)
+        });
         JobSlot {
-            unclaimed: OwnLine(AtomicUsize::new(0)),
+            shares: up_to.map(|threads| Share { unclaimed: OwnLine::default(), threads }).collect(),
             unfinished: OwnLine(AtomicUsize::new(0)),
             job: AtomicPtr::new(std::ptr::null_mut()),
             closed: AtomicBool::new(false),
@@ -85,29 +111,34 @@ impl JobSlot {
         }
     }
 
+    /// The number of nodes.
+    pub(super) fn nodes(&self) -> usize {
+        self.shares.len()
+    }
+
     /// Makes the workers exit.
     pub(super) fn close(&self) {
         self.closed.store(true, Ordering::Release);
         self.workers.wake();
     }
 
-    /// What a worker thread runs: takes part in all jobs until the slot is closed. Never panics.
-    pub(super) fn work(&self) {
+    /// What a worker thread of this node runs: takes part in all jobs until the slot is closed. Never panics.
+    pub(super) fn work(&self, node: usize) {
+        let is_left = |share: &Share| share.unclaimed.0.load(Ordering::Relaxed) > 0;
         while !self.closed.load(Ordering::Acquire) {
-            self.help();
-            self.workers.wait(self.spin_time, || {
-                self.unclaimed.0.load(Ordering::Relaxed) > 0 || self.closed.load(Ordering::Relaxed)
-            });
+            self.help(node);
+            self.workers
+                .wait(self.spin_time, || self.shares.iter().any(is_left) || self.closed.load(Ordering::Relaxed));
         }
     }
 
-    /// Runs `item` once for each of `0..count`, on this thread and on the workers that come in time, and returns when
-    /// all have run. If an item panics, the panic then resumes here.
+    /// Runs `item` once for each of `0..count`, on this thread, which is on `node`, and on the workers that come in time, and
+    /// returns when all have run. If an item panics, the panic then resumes here.
     ///
     /// # Safety
     ///
     /// Two threads must not call it at once, and no `item` may call it.
-    pub(super) unsafe fn lead<F: Fn(usize) + Sync>(&self, count: usize, item: &F) {
+    pub(super) unsafe fn lead<F: Fn(usize) + Sync>(&self, node: usize, count: usize, item: &F) {
         if count == 0 {
             return; // No thread would report the end.
         }
@@ -115,9 +146,14 @@ impl JobSlot {
         let job = Job::new(count, item);
         self.job.store(std::ptr::from_ref(&job).cast_mut(), Ordering::Relaxed);
         self.unfinished.0.store(count, Ordering::Relaxed);
-        self.unclaimed.0.store(count, Ordering::Release);
+        let mut first = 0;
+        for share in 0..self.shares.len() {
+            let end = self.end(share, count);
+            self.shares[share].unclaimed.0.store(end - first, Ordering::Release);
+            first = end;
+        }
         self.workers.wake();
-        self.help();
+        self.help(node);
         let finished = || self.unfinished.0.load(Ordering::Acquire) == 0;
         while !finished() {
             self.leader.wait(self.spin_time, finished);
@@ -127,14 +163,26 @@ impl JobSlot {
         }
     }
 
-    /// Claims one index of the current job and returns how many were left before, so at least 1.
-    fn claim(&self) -> Option<usize> {
-        self.unclaimed.0.fetch_update(Ordering::Acquire, Ordering::Relaxed, |left| left.checked_sub(1)).ok()
+    /// The end of a share of `count` indices: in proportion to the threads, so that the same part of any range always belongs to
+    /// the same node.
+    fn end(&self, share: usize, count: usize) -> usize {
+        let (all, threads) = (self.shares.last().map_or(1, |last| last.threads), self.shares[share].threads);
+        count / all * threads + count % all * threads / all
     }
 
-    /// Runs items of the current job until none is unclaimed.
-    fn help(&self) {
-        let Some(mut left) = self.claim() else { return };
+    /// Claims one index of the current job, of this share if any is left.
+    fn claim(&self, share: usize) -> Option<Claim> {
+        let one = |left: usize| left.checked_sub(1);
+        (share..self.shares.len()).chain(0..share).find_map(|share| {
+            let unclaimed = &self.shares[share].unclaimed.0;
+            let left = unclaimed.fetch_update(Ordering::Acquire, Ordering::Relaxed, one).ok()?;
+            Some(Claim { share, left })
+        })
+    }
+
+    /// Runs items of the current job until none is unclaimed, those of this share first.
+    fn help(&self, share: usize) {
+        let Some(mut claim) = self.claim(share) else { return };
         let mut done = 0;
         {
             // SAFETY: this thread has claimed an index and not yet reported it, so `lead` waits and keeps its job alive
@@ -142,15 +190,15 @@ impl JobSlot {
             // purpose: as a function's argument it would have to be alive until that function returns.
             let job = unsafe { &*self.job.load(Ordering::Relaxed) };
             loop {
-                let index = job.count - left;
+                let index = self.end(claim.share, job.count) - claim.left;
                 // SAFETY: `job.call` belongs to `job.closure`, which `lead` borrows for as long as it waits.
                 let run = || unsafe { (job.call)(job.closure, index) };
                 if let Err(panic) = catch_unwind(AssertUnwindSafe(run)) {
                     self.keep(panic);
                 }
                 done += 1;
-                match self.claim() {
-                    Some(next) => left = next,
+                match self.claim(claim.share) {
+                    Some(next) => claim = next,
                     None => break,
                 }
             }

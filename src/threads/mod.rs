@@ -25,6 +25,7 @@
 mod columns;
 mod count;
 mod job_slot;
+mod nodes;
 mod per_process;
 mod pool;
 

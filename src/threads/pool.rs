@@ -11,6 +11,7 @@ use std::time::Duration;
 use super::columns::{Base, Columns};
 use super::count::{available_cpus, check};
 use super::job_slot::JobSlot;
+use super::nodes::Nodes;
 use crate::{Error, Result};
 
 /// How long a thread spins before it sleeps. Waking a thread costs about as much time, so a longer spin can at best halve
@@ -29,20 +30,28 @@ thread_local! {
 #[derive(Debug)]
 pub struct ThreadPool {
     threads: usize,
+    nodes: Nodes,
     workers: Workers,
 }
 
 impl ThreadPool {
-    /// A pool of `threads` threads. The caller's thread is one of them, so one less is started.
+    /// A pool of `threads` threads. The caller's thread is one of them, so one less is started. On a machine with several NUMA
+    /// nodes, they are spread over the nodes and stay there, unless the environment variable `NYBBLE_NUMA` is `off`. A number there
+    /// divides the CPUs into as many made-up nodes.
     ///
     /// # Errors
     ///
-    /// [`Error::InvalidArgument`] if `threads` is not in 1 to [`MAX_THREADS`](super::MAX_THREADS) or the system cannot
-    /// start them.
+    /// [`Error::InvalidArgument`] if `threads` is not in 1 to [`MAX_THREADS`](super::MAX_THREADS), the system cannot
+    /// start them, or `NYBBLE_NUMA` is neither `on`, `off` nor a number from 1 to 64.
     pub fn new(threads: usize) -> Result<Self> {
         check("threads", threads)?;
-        let workers = Workers::new(threads, std::process::id())?;
-        Ok(ThreadPool { threads, workers })
+        ThreadPool::on(Nodes::of_system()?, threads)
+    }
+
+    /// A pool whose threads are spread over these nodes.
+    fn on(nodes: Nodes, threads: usize) -> Result<Self> {
+        let workers = Workers::new(&nodes, threads, std::process::id())?;
+        Ok(ThreadPool { threads, nodes, workers })
     }
 
     /// The number of threads, including the leader.
@@ -61,13 +70,13 @@ impl ThreadPool {
     /// `run` in the process `pid`, which tests choose.
     fn run_as<R>(&self, pid: u32, lead: impl FnOnce(&Scope<'_>) -> R) -> R {
         let Some(_inside) = Inside::enter() else { return lead(&Scope::alone()) };
-        let workers = self.workers.of_process(pid, self.threads);
+        let workers = self.workers.of_process(pid, &self.nodes, self.threads);
         if workers.threads.is_empty() {
             return lead(&Scope::alone());
         }
         // One leader at a time. A leader that panicked has left no job in the slot.
         let _leading = workers.leading.lock().unwrap_or_else(PoisonError::into_inner);
-        lead(&Scope { slot: Some(&workers.slot), leader_only: PhantomData })
+        lead(&Scope { slot: Some((&workers.slot, self.nodes.current())), leader_only: PhantomData })
     }
 }
 
@@ -105,13 +114,15 @@ struct Workers {
 }
 
 impl Workers {
-    fn new(threads: usize, pid: u32) -> Result<Self> {
-        let mut workers = Workers::none(threads, pid);
-        for i in 1..threads {
-            let slot = Arc::clone(&workers.slot);
+    fn new(nodes: &Nodes, threads: usize, pid: u32) -> Result<Self> {
+        let mut workers = Workers::none(nodes, threads, pid);
+        // The first thread is the leader.
+        for (i, node) in nodes.of_threads(threads).into_iter().enumerate().skip(1) {
+            let (slot, nodes) = (Arc::clone(&workers.slot), nodes.clone());
             let work = move || {
                 let _inside = Inside::enter();
-                slot.work();
+                nodes.pin(node);
+                slot.work(node);
             };
             let worker = Builder::new().name(format!("nybble-{i}")).spawn(work).map_err(|e| {
                 Error::argument("threads", threads, format!("a number that the system can start ({e})"))
@@ -122,24 +133,27 @@ impl Workers {
     }
 
     /// No workers yet, for a pool of `threads` threads.
-    fn none(threads: usize, pid: u32) -> Self {
+    fn none(nodes: &Nodes, threads: usize, pid: u32) -> Self {
         // With more threads than CPUs, a spinning thread keeps those that it waits for from running.
         let spin_time = if threads <= available_cpus() { SPIN_TIME } else { Duration::ZERO };
+        let of_threads = nodes.of_threads(threads);
+        let of_nodes = (0..nodes.count()).map(|node| of_threads.iter().filter(|of| **of == node).count());
         Workers {
             pid,
             leading: Mutex::new(()),
             threads: Vec::new(),
-            slot: Arc::new(JobSlot::new(spin_time)),
+            slot: Arc::new(JobSlot::new(of_nodes, spin_time)),
             after_fork: OnceLock::new(),
         }
     }
 
     /// The workers of the process `pid`: these, or new ones if `pid` was forked from this process.
-    fn of_process(&self, pid: u32, threads: usize) -> &Workers {
+    fn of_process(&self, pid: u32, nodes: &Nodes, threads: usize) -> &Workers {
         let mut workers = self;
         while workers.pid != pid {
             // A forked process that cannot start threads still computes, on one thread.
-            let make = || Box::new(Workers::new(threads, pid).unwrap_or_else(|_| Workers::none(threads, pid)));
+            let none = |_| Workers::none(nodes, threads, pid);
+            let make = || Box::new(Workers::new(nodes, threads, pid).unwrap_or_else(none));
             workers = workers.after_fork.get_or_init(make);
         }
         workers
@@ -175,8 +189,8 @@ impl std::fmt::Debug for Workers {
 /// on it. If an item panics, the panic resumes in the leader after the stage, and it is unspecified which of the other
 /// items have run.
 pub struct Scope<'a> {
-    /// `None` for a leader without workers.
-    slot: Option<&'a JobSlot>,
+    /// The slot, and the NUMA node of the leader. `None` for a leader without workers.
+    slot: Option<(&'a JobSlot, usize)>,
     /// Not `Sync`, so that no item can capture the scope and start a stage within a stage.
     leader_only: PhantomData<Cell<()>>,
 }
@@ -186,13 +200,18 @@ impl Scope<'_> {
         Scope { slot: None, leader_only: PhantomData }
     }
 
+    /// The number of NUMA nodes with threads of the pool. Each computes the same part of every range of items.
+    pub(crate) fn nodes(&self) -> usize {
+        self.slot.map_or(1, |(slot, _)| slot.nodes())
+    }
+
     /// Runs `item(i)` exactly once for each `i` of `0..count`.
     pub fn for_each<F: Fn(usize) + Sync>(&self, count: usize, item: F) {
         match self.slot {
             #[allow(unsafe_code, reason = "the borrow checker cannot see that there is one leader")]
             // SAFETY: `run` makes one scope at a time for a slot, and lends it to the leader's thread alone: a scope
             // is not `Sync`, so neither another thread nor an item can hold a reference to it.
-            Some(slot) if count > 1 => unsafe { slot.lead(count, &item) },
+            Some((slot, node)) if count > 1 => unsafe { slot.lead(node, count, &item) },
             _ => (0..count).for_each(item),
         }
     }
@@ -280,6 +299,47 @@ mod tests {
     use std::thread;
 
     use super::*;
+
+    /// Nodes with these numbers of CPUs, which need not exist.
+    fn nodes(counts: &[usize]) -> Nodes {
+        Nodes::new(counts.iter().map(|count| (0..*count).collect()).collect())
+    }
+
+    #[test]
+    fn every_item_runs_once_on_any_number_of_nodes() {
+        for counts in [&[1][..], &[1, 1], &[2, 1], &[1, 3], &[1, 1, 1, 1]] {
+            for threads in 1..6 {
+                let pool = ThreadPool::on(nodes(counts), threads).unwrap();
+                for count in 0..40 {
+                    let mut seen = vec![0; count];
+                    pool.run(|scope| scope.for_each_chunk(&mut seen, 1, |_, seen| seen[0] += 1));
+                    assert!(seen.iter().all(|seen| *seen == 1), "{counts:?}, {threads} threads: {seen:?}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_thread_takes_items_of_its_node_first() {
+        let slot = JobSlot::new([1, 1].into_iter(), SPIN_TIME);
+        let leader = thread::current().id();
+        thread::scope(|scope| {
+            scope.spawn(|| slot.work(1));
+            for _ in 0..100 {
+                let both = Barrier::new(2);
+                let item = |i: usize| {
+                    both.wait();
+                    assert_eq!(thread::current().id() == leader, i == 0, "item {i}");
+                };
+                #[allow(unsafe_code, reason = "there is one leader")]
+                // SAFETY: only this thread leads, and the item does not.
+                unsafe {
+                    slot.lead(0, 2, &item);
+                }
+            }
+            slot.close();
+        });
+    }
 
     /// The threads on which two items run that wait for each other.
     fn pair(scope: &Scope<'_>) -> HashSet<thread::ThreadId> {

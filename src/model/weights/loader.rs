@@ -115,7 +115,12 @@ impl<'a> Loader<'a> {
         };
         let bytes = |tensor: Tensor<'_>| tensor.rows.block_type().bytes_for(weights(&tensor)).unwrap_or(0);
         let expected = tensors().map(bytes).fold(0, usize::saturating_add);
-        Loader { progress, total, arena: Arena::new(expected), ..Loader::separate(scope, checkpoint) }
+        Loader {
+            progress,
+            total,
+            arena: Arena::new(expected).spread(scope.nodes() > 1),
+            ..Loader::separate(scope, checkpoint)
+        }
     }
 
     /// The loader, which does not store the zeros of matrices with many, if `is_faster` says so. It is asked only where there is such a

@@ -22,13 +22,13 @@ pub(super) fn usable_cores(root: &Path) -> Option<usize> {
 }
 
 /// The CPUs that `/proc/self/status` allows.
-fn allowed_cpus(status: &str) -> Option<BTreeSet<usize>> {
+pub(in crate::threads) fn allowed_cpus(status: &str) -> Option<BTreeSet<usize>> {
     let list = status.lines().find_map(|line| line.strip_prefix("Cpus_allowed_list:"))?;
     cpu_list(list).filter(|cpus| !cpus.is_empty())
 }
 
 /// The kernel's format for sets of CPUs, for example `0-3,8,10-11`.
-fn cpu_list(text: &str) -> Option<BTreeSet<usize>> {
+pub(in crate::threads) fn cpu_list(text: &str) -> Option<BTreeSet<usize>> {
     let mut cpus = BTreeSet::new();
     for item in text.trim().split(',').filter(|item| !item.is_empty()) {
         let (first, last) = item.split_once('-').unwrap_or((item, item));

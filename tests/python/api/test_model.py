@@ -111,6 +111,21 @@ def test_the_environment_chooses_the_kernel(tiny_file: Path, monkeypatch: pytest
         Model.load(tiny_file)
 
 
+def test_threads_on_made_up_nodes_have_the_same_results(tiny_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def tokens() -> tuple[int, ...]:
+        with Model.load(tiny_file, threads=3) as model:
+            return model.generate([5, 6, 7] * 30, max_tokens=20, temperature=0, ignore_eos=True).tokens
+
+    monkeypatch.setenv("NYBBLE_NUMA", "off")
+    expected = tokens()
+    for nodes in ("2", "3"):
+        monkeypatch.setenv("NYBBLE_NUMA", nodes)
+        assert tokens() == expected, nodes
+    monkeypatch.setenv("NYBBLE_NUMA", "many")
+    with pytest.raises(ValueError, match="NYBBLE_NUMA: found many, expected on, off or a number from 1 to 64"):
+        tokens()
+
+
 def test_an_argument_out_of_range_is_refused(tiny_file: Path) -> None:
     with pytest.raises(ValueError, match="threads: found 0"):
         Model.load(tiny_file, threads=0)

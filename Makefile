@@ -61,11 +61,11 @@ lint: $(VENV)/.installed $(VENV)/.check  ## Check format, lints, documentation, 
 	cargo clippy --locked --all-targets --features python -- -D warnings
 	cargo clippy --locked --lib -- -D warnings
 	cargo clippy --locked --lib --no-default-features -- -D warnings
-	RUSTDOCFLAGS="-D warnings" cargo doc --locked --no-deps
-	RUSTDOCFLAGS="-D warnings" cargo doc --locked --no-deps --features python --document-private-items
 	$(BIN)/mypy
 	MYPYPATH=python $(BIN)/python -m mypy.stubtest nybble._native & \
-		$(BIN)/python scripts/check_language.py && RUSTDOCFLAGS="-D warnings" $(BIN)/python scripts/public_api.py && wait $$!
+		$(BIN)/python scripts/check_language.py && export RUSTDOCFLAGS="-D warnings" && \
+		cargo doc --locked --no-deps --features python --document-private-items && \
+		$(BIN)/python scripts/public_api.py && wait $$!
 
 # What runs a kernel directly or through a model's forward pass runs a second time on the scalar kernel, except tests that
 # choose kernels themselves (all of `bits`), which would be the same, and a slow one of reading experts, of which another

@@ -12,9 +12,42 @@ use crate::quant::packed::{BLOCK, Code, LONGEST_RUN, Layout, PANEL, Panel, spars
 /// The scalar kernel.
 #[allow(unsafe_code, reason = "the promise that this CPU has the instruction set of the table")]
 pub(super) fn kernel() -> &'static Kernel {
+    const TABLE: Table = operations!(plain { "scalar" });
+    #[cfg(target_arch = "x86_64")]
+    if is_x86_feature_detected!("fma") {
+        // SAFETY: this CPU has the instruction.
+        static WITH_FMA: Kernel = unsafe { Kernel::new(fma::with_instruction(TABLE)) };
+        return &WITH_FMA;
+    }
     // SAFETY: the functions of this file need no instruction set.
-    static SCALAR: Kernel = unsafe { Kernel::new(operations!(plain { "scalar" })) };
+    static SCALAR: Kernel = unsafe { Kernel::new(TABLE) };
     &SCALAR
+}
+
+/// The same functions with the CPU's instruction for fused multiply-adds, where these take most of the time. As calls of the C
+/// library's function, which rounds alike, they take ten times as long.
+#[cfg(target_arch = "x86_64")]
+mod fma {
+    use super::*;
+
+    pub(super) const fn with_instruction(table: Table) -> Table {
+        Table { product_float, scores, weighted_sum, ..table }
+    }
+
+    #[target_feature(enable = "fma")]
+    fn product_float(w: &Packed, panels: Range<usize>, x: &[f32], stride: usize, out: &mut Columns<'_>) {
+        super::product_float(w, panels, x, stride, out);
+    }
+
+    #[target_feature(enable = "fma")]
+    fn scores(inputs: ScoreInputs<'_>, scores: &mut [f32], stride: usize) {
+        super::scores(inputs, scores, stride);
+    }
+
+    #[target_feature(enable = "fma")]
+    fn weighted_sum(inputs: WeightedValues<'_>, out: &mut [f32]) {
+        super::weighted_sum(inputs, out);
+    }
 }
 
 fn product(w: &Packed, panels: Range<usize>, x: &Activations, out: &mut Columns<'_>) {
@@ -156,6 +189,7 @@ fn dot(weights: &[i32], x: &[i8]) -> i32 {
     weights.iter().zip(x).map(|(weight, x)| weight * i32::from(*x)).sum()
 }
 
+#[inline(always)]
 fn product_float(w: &Packed, panels: Range<usize>, x: &[f32], stride: usize, out: &mut Columns<'_>) {
     let code = w.layout().code;
     for (p, index) in panels.enumerate() {
@@ -174,6 +208,7 @@ fn product_float(w: &Packed, panels: Range<usize>, x: &[f32], stride: usize, out
     }
 }
 
+#[inline(always)]
 fn scores(inputs: ScoreInputs<'_>, scores: &mut [f32], stride: usize) {
     let ScoreInputs { queries, head_dim, keys, scale } = inputs;
     for (i, query) in queries.chunks_exact(head_dim).enumerate() {
@@ -189,6 +224,7 @@ fn scores(inputs: ScoreInputs<'_>, scores: &mut [f32], stride: usize) {
     }
 }
 
+#[inline(always)]
 fn weighted_sum(inputs: WeightedValues<'_>, out: &mut [f32]) {
     let WeightedValues { weights, stride, ranges, values, width } = inputs;
     for (i, (out, range)) in out.chunks_exact_mut(width).zip(ranges).enumerate() {

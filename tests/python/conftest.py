@@ -46,9 +46,12 @@ if TYPE_CHECKING:
 
 
 def pytest_collection_finish() -> None:
-    """Keeps the garbage collector from visiting all imported modules and thousands of tests again and again."""
+    """Keeps the garbage collector from visiting all imported modules and thousands of tests again and again, and makes it run
+    less often: Hypothesis makes and drops so many objects that it took a fifth of the time.
+    """
     gc.collect()
     gc.freeze()
+    gc.set_threshold(50_000)
 
 
 @pytest.fixture(autouse=True)

@@ -46,8 +46,9 @@ if TYPE_CHECKING:
 
 
 def pytest_collection_finish() -> None:
-    """Keeps the garbage collector from visiting all imported modules and thousands of tests again and again, and makes it run
-    less often: Hypothesis makes and drops so many objects that it took a fifth of the time.
+    """Keeps the garbage collector from visiting all imported modules and thousands of tests again and again.
+
+    It also runs less often than by default: it took a fifth of the time of random requests.
     """
     gc.collect()
     gc.freeze()

@@ -44,6 +44,7 @@ const UNSAFE_FILES: &[(&str, &str)] = &[
     ("src/kernels/scalar", "promises that every CPU can run its table"),
     ("src/kernels/tuning", "makes a table of functions that this CPU runs; reads the stepping of the CPU"),
     ("src/format/mapped", "maps a file into memory"),
+    ("src/system/affinity", "calls the system"),
     ("src/system/allocator", "hands out memory"),
     ("src/system/fused", "defines a function of the C library"),
     ("src/system/huge_pages", "lends buffers disjoint parts of one map"),

@@ -1,5 +1,7 @@
 //! Memory, and the limits that the system sets for this process.
 
+#[cfg(target_os = "linux")]
+pub(crate) mod affinity;
 pub(crate) mod aligned_buf;
 #[cfg(all(target_os = "linux", any(feature = "python", test)))]
 pub(crate) mod allocator;

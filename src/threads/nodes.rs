@@ -75,7 +75,7 @@ impl Nodes {
     pub(super) fn pin(&self, node: usize) {
         #[cfg(target_os = "linux")]
         if self.cpus.len() > 1 {
-            linux::pin(&self.cpus[node]);
+            crate::system::affinity::keep_on(&self.cpus[node]);
         }
         let _ = node;
     }
@@ -84,7 +84,7 @@ impl Nodes {
     pub(super) fn current(&self) -> usize {
         #[cfg(target_os = "linux")]
         if self.cpus.len() > 1 {
-            let cpu = linux::current_cpu();
+            let cpu = crate::system::affinity::current_cpu();
             return self.cpus.iter().position(|cpus| cpu.is_some_and(|cpu| cpus.contains(&cpu))).unwrap_or(0);
         }
         0

@@ -20,27 +20,6 @@ pub(super) fn cpus_of_nodes(root: &Path) -> Vec<BTreeSet<usize>> {
     known().unwrap_or_default()
 }
 
-/// Keeps the calling thread on these CPUs, if the system allows it.
-#[cfg(target_os = "linux")]
-#[allow(unsafe_code, reason = "a system call")]
-pub(super) fn pin(cpus: &BTreeSet<usize>) {
-    let words = cpus.last().map_or(0, |last| last / 64 + 1);
-    let mut mask = vec![0u64; words];
-    for cpu in cpus {
-        mask[cpu / 64] |= 1 << (cpu % 64);
-    }
-    // SAFETY: the mask is readable for the length that is passed, and the call changes this thread only.
-    unsafe { libc::sched_setaffinity(0, size_of_val(&*mask), mask.as_ptr().cast()) };
-}
-
-/// The CPU that the calling thread is on now.
-#[cfg(target_os = "linux")]
-#[allow(unsafe_code, reason = "a system call")]
-pub(super) fn current_cpu() -> Option<usize> {
-    // SAFETY: the call has no arguments.
-    unsafe { libc::sched_getcpu() }.try_into().ok()
-}
-
 #[cfg(test)]
 mod tests {
     use std::fs::{create_dir_all, write};

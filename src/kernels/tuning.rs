@@ -25,14 +25,15 @@ use crate::threads::{Columns, PerProcess, Scope};
 
 /// Rows of the products that are measured. A product of `n` rows takes the choice for the largest number up to `n`.
 const HEIGHTS: [usize; 3] = [1, 8, 64];
-/// Bytes of weights that are multiplied with each number of rows: for one row more than most caches hold.
+/// Bytes of weights that are multiplied with each number of rows in a round.
 const BYTES: [usize; 3] = [24 << 20, 8 << 20, 1 << 20];
 /// Layouts that take less than this in a model are not measured for it: their share of its time is small.
 const LEAST: usize = 1 << 20;
 /// Panels that a task multiplies.
 const PANELS: usize = 8;
-/// Rounds of a measurement. The fastest counts, because other work can only slow a round down.
-const ROUNDS: usize = 4;
+/// Rounds of a measurement. Kernels are compared within a round, and the median counts: other work on the machine slows down single
+/// rounds, and the clock changes between them.
+const ROUNDS: usize = 9;
 /// The names of integer codes.
 const CODES: [&str; 8] = ["int4", "table4", "int8", "int2", "int3", "int5", "int6", "sparse int4"];
 /// Columns of groups.
@@ -144,18 +145,28 @@ fn measure(
     rows: usize,
     bytes: usize,
 ) -> Vec<f64> {
-    // Tasks of several panels, of as many matrices as there is time for.
+    // Tasks of several panels. For one row, each measurement reads other weights, if there are enough: a model's weights are not in the
+    // cache when a token needs them.
+    let windows = if rows == 1 { ROUNDS * kernels.len() } else { 1 };
     let mut tasks: Vec<(usize, Range<usize>)> = vec![];
+    let mut cuts = vec![(0, 0)];
     let (mut taken, mut weights) = (0, 0);
     for (i, matrix) in matrices.iter().enumerate() {
         for first in (0..matrix.panels()).step_by(PANELS) {
-            if taken < bytes {
+            if cuts.len() <= windows {
                 let panels = first..matrix.panels().min(first + PANELS);
                 taken += matrix.bytes() * panels.len() / matrix.panels();
                 weights += panels.len() * PANEL * matrix.columns();
                 tasks.push((i, panels));
+                if taken >= bytes {
+                    cuts.push((tasks.len(), weights));
+                    taken = 0;
+                }
             }
         }
+    }
+    if cuts.len() == 1 {
+        cuts.push((tasks.len(), weights));
     }
     // Only of the matrices that tasks multiply, which are the first.
     let used = tasks.last().map_or(0, |(last, _)| last + 1);
@@ -169,28 +180,41 @@ fn measure(
             input
         })
         .collect();
-    let mut best = vec![f64::INFINITY; kernels.len()];
-    let checksums: Vec<AtomicU64> = kernels.iter().map(|_| AtomicU64::new(0)).collect();
-    for _ in 0..ROUNDS {
-        for ((kernel, best), checksum) in kernels.iter().zip(&mut best).zip(&checksums) {
-            let start = Instant::now();
-            scope.for_each(tasks.len(), |task| {
-                let (matrix, panels) = &tasks[task];
-                let mut out = [0.0; HEIGHTS[HEIGHTS.len() - 1] * PANELS * PANEL];
-                let out = &mut out[..rows * panels.len() * PANEL];
-                let mut columns = Columns::whole(out, rows, panels.len() * PANEL);
-                kernel.product(matrices[*matrix], panels.clone(), &inputs[*matrix], &mut columns);
-                let bits = out.iter().fold(0u64, |sum, x| sum.wrapping_add(u64::from(x.to_bits())));
-                checksum.fetch_add(bits, Ordering::Relaxed);
-            });
-            *best = best.min(start.elapsed().as_secs_f64());
+    // Seconds per weight, and the checksum of the results.
+    let run = |kernel: &Kernel, window: usize| {
+        let [(first, before), (last, after)] = [cuts[window], cuts[window + 1]];
+        let checksum = AtomicU64::new(0);
+        let start = Instant::now();
+        scope.for_each(last - first, |task| {
+            let (matrix, panels) = &tasks[first + task];
+            let mut out = [0.0; HEIGHTS[HEIGHTS.len() - 1] * PANELS * PANEL];
+            let out = &mut out[..rows * panels.len() * PANEL];
+            let mut columns = Columns::whole(out, rows, panels.len() * PANEL);
+            kernel.product(matrices[*matrix], panels.clone(), &inputs[*matrix], &mut columns);
+            let bits = out.iter().fold(0u64, |sum, x| sum.wrapping_add(u64::from(x.to_bits())));
+            checksum.fetch_add(bits, Ordering::Relaxed);
+        });
+        (start.elapsed().as_secs_f64() / (after - before).max(1) as f64, checksum.into_inner())
+    };
+    let results: Vec<u64> = kernels.iter().map(|kernel| run(kernel, 0).1).collect();
+    let mut seconds = vec![[0.0; ROUNDS]; kernels.len()];
+    for round in 0..ROUNDS {
+        for turn in 0..kernels.len() {
+            let k = (round + turn) % kernels.len();
+            let window = (round * kernels.len() + turn) % (cuts.len() - 1);
+            seconds[k][round] = run(kernels[k], window).0;
         }
     }
-    let speed = |seconds: f64| 2.0 * (weights * rows) as f64 / seconds / 1e9;
+    let first = seconds[0];
+    let least = first.iter().copied().fold(f64::INFINITY, f64::min);
+    let speed_of_first = 2.0 * rows as f64 / least / 1e9;
     // A kernel with other results than the first is not used, however fast it is.
-    let expected = checksums.first().map_or(0, |first| first.load(Ordering::Relaxed));
-    let agrees = checksums.iter().map(|checksum| checksum.load(Ordering::Relaxed) == expected);
-    best.into_iter().zip(agrees).map(|(seconds, agrees)| if agrees { speed(seconds) } else { 0.0 }).collect()
+    let speed = |(seconds, result): (&[f64; ROUNDS], &u64)| {
+        let mut ratios: [f64; ROUNDS] = std::array::from_fn(|round| first[round] / seconds[round]);
+        ratios.sort_by(f64::total_cmp);
+        if *result == results[0] { speed_of_first * ratios[ROUNDS / 2] } else { 0.0 }
+    };
+    seconds.iter().zip(&results).map(speed).collect()
 }
 
 #[cfg(test)]

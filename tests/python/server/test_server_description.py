@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import urllib.request
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ import hypothesis
 import pytest
 import requests
 import schemathesis
+from drawn import Drawn
 from pydantic import BaseModel
 from schemathesis import GenerationMode
 from schemathesis.specs.openapi import checks as openapi_checks
@@ -52,27 +54,40 @@ def session() -> Iterator[requests.Session]:
 
 @pytest.mark.parametrize("mode", [GenerationMode.POSITIVE, GenerationMode.NEGATIVE])
 def test_random_requests_match_the_openapi_description(
-    running: Running, session: requests.Session, mode: GenerationMode
+    running: Running, session: requests.Session, mode: GenerationMode, pytestconfig: pytest.Config
 ) -> None:
-    schema = schemathesis.openapi.from_url(f"{running.url}/openapi.json")
+    url = f"{running.url}/openapi.json"
+    schema = schemathesis.openapi.from_url(url)
     # A string that is longer than the description allows may make the whole body too large.
     refused = schema.config.checks.negative_data_rejection
     refused.expected_statuses = [*refused.expected_statuses, "413"]
+    drawn = Drawn(pytestconfig.cache, session.get(url, timeout=60).text, mode.value)
     tried = []
     for found in schema.get_all_operations():
         operation = found.ok()  # type: ignore[union-attr]
+        before = drawn.cases(operation)
+        for case in before or []:
+            send(case, session)
+        if before is None:
+            drawn.begin(operation)
 
-        @hypothesis.given(case=operation.as_strategy(generation_mode=mode))
-        @hypothesis.settings(max_examples=50, suppress_health_check=list(hypothesis.HealthCheck))
-        def holds(case: Any) -> None:
-            case.call_and_validate(session=session, checks=CHECKS, timeout=60)
+            @hypothesis.given(case=operation.as_strategy(generation_mode=mode))
+            @hypothesis.settings(max_examples=50, suppress_health_check=list(hypothesis.HealthCheck))
+            def holds(case: Any) -> None:
+                drawn.add(case)
+                send(case, session)
 
-        try:
-            holds()
-        except hypothesis.errors.Unsatisfiable:  # A route without parameters has no invalid requests.
-            continue
-        tried.append(operation.path)
+            # A route without parameters has no invalid requests.
+            with contextlib.suppress(hypothesis.errors.Unsatisfiable):
+                holds()
+        if drawn.cases(operation):
+            tried.append(operation.path)
     assert {"/v1/chat/completions", "/v1/responses", "/v1/messages", "/v1/responses/{response_id}"} <= {*tried}
+    drawn.save()
+
+
+def send(case: Any, session: requests.Session) -> None:
+    case.call_and_validate(session=session, checks=CHECKS, timeout=60)
 
 
 DOCUMENT = (Path(__file__).parents[3] / "docs/serving.md").read_text(encoding="utf-8")

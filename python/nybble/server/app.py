@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
-from fastapi import Depends, FastAPI, Request, Response
-from fastapi.security import HTTPBearer
+from fastapi import APIRouter, FastAPI, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import BaseModel
 from starlette.middleware.cors import CORSMiddleware
@@ -14,6 +14,7 @@ from nybble._native import __version__
 from nybble.server.admin.adapters import add_adapter_routes
 from nybble.server.conventions import Conventions
 from nybble.server.delivery import respond
+from nybble.server.dependencies import KEY, STREAM, Served
 from nybble.server.errors import RESPONSES, add_handlers
 from nybble.server.middleware import Middleware
 from nybble.server.page.routes import add_page_routes
@@ -48,10 +49,6 @@ from nybble.server.protocols.tokens import (
 )
 from nybble.server.service import Service
 
-# The middleware checks keys. This only describes them.
-_KEY = Depends(HTTPBearer(auto_error=False, description="The API key of the server."))
-# Without a schema, which some readers apply to the stream and others to each event.
-_STREAM: dict[str, Any] = {"text/event-stream": {}}
 _METRICS: dict[int | str, dict[str, Any]] = {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}}
 
 
@@ -67,18 +64,14 @@ def create_app(served: Service | Pool) -> FastAPI:
         redoc_url=None,
         responses=RESPONSES,
     )
-    add_handlers(app)
-    _add_api(app, pool)
-    _add_tokens(app, pool)
-    _add_status(app, pool)
-    add_page_routes(app)
+    app.state.pool = pool
     settings = pool.settings
-    key = [_KEY] if settings.api_key else []
-    add_responses_routes(app, pool, key, _STREAM)
-    add_messages_routes(app, pool, key, _STREAM)
-    add_ollama_routes(app, pool, key)
+    has_key = bool(settings.api_key)
+    add_handlers(app)
+    app.routes.extend(_routes(has_key).routes)
+    add_page_routes(app)
     if settings.adapter_folder is not None:
-        add_adapter_routes(app, pool, settings.adapter_folder, key)
+        add_adapter_routes(app, pool, settings.adapter_folder, [KEY] if has_key else [])
     app.add_middleware(Middleware, pool=pool, paths=[route.path for route in app.routes if hasattr(route, "path")])
     if origins := [name for name in settings.allowed_origins if "://" in name or name == "*"]:
         # It answers preflight requests, which carry no key, before the middleware that checks keys.
@@ -93,64 +86,74 @@ def create_app(served: Service | Pool) -> FastAPI:
     return app
 
 
-def _add_api(app: FastAPI, pool: Pool) -> None:
-    key = [_KEY] if pool.settings.api_key else []
+@functools.cache
+def _routes(has_key: bool) -> APIRouter:
+    """The routes of every application whose models need a key, or need none."""
+    key = [KEY] if has_key else []
+    router = APIRouter(responses=RESPONSES)
+    _add_api(router, key)
+    _add_tokens(router, key)
+    _add_status(router, key)
+    add_responses_routes(router, key)
+    add_messages_routes(router, key)
+    add_ollama_routes(router, key)
+    return router
 
-    @app.post("/chat/completions", include_in_schema=False)
-    @app.post("/v1/chat/completions", **_generation_route(key, ChatCompletion))
-    async def chat_completions(request: Request, body: ChatRequest) -> Response:
+
+def _add_api(router: APIRouter, key: list[Any]) -> None:
+    @router.post("/chat/completions", include_in_schema=False)
+    @router.post("/v1/chat/completions", **_generation_route(key, ChatCompletion))
+    async def chat_completions(request: Request, body: ChatRequest, pool: Served) -> Response:
         """Answer a conversation."""
         service = await pool.lease(request, body.model)
         return await respond(service, request, ChatAdapter(service, body))
 
-    @app.post("/completions", include_in_schema=False)
-    @app.post("/v1/completions", **_generation_route(key, TextCompletion))
-    async def completions(request: Request, body: CompletionRequest) -> Response:
+    @router.post("/completions", include_in_schema=False)
+    @router.post("/v1/completions", **_generation_route(key, TextCompletion))
+    async def completions(request: Request, body: CompletionRequest, pool: Served) -> Response:
         """Continue prompts."""
         service = await pool.lease(request, body.model)
         return await respond(service, request, CompletionAdapter(service, body))
 
-    @app.post("/embeddings", include_in_schema=False)
-    @app.post("/v1/embeddings", dependencies=key, response_class=Response, responses={200: {"model": Embeddings}})
-    async def embeddings(request: Request, body: EmbeddingRequest) -> Response:
+    @router.post("/embeddings", include_in_schema=False)
+    @router.post("/v1/embeddings", dependencies=key, response_class=Response, responses={200: {"model": Embeddings}})
+    async def embeddings(request: Request, body: EmbeddingRequest, pool: Served) -> Response:
         """Turn inputs into vectors of length 1."""
         return await embed(await pool.lease(request, body.model), request, body)
 
-    @app.post("/rerank", include_in_schema=False)
-    @app.post("/v2/rerank", include_in_schema=False)
-    @app.post("/v1/rerank", dependencies=key, response_class=Response, responses={200: {"model": Ranking}})
-    async def ranking(request: Request, body: RerankRequest) -> Response:
+    @router.post("/rerank", include_in_schema=False)
+    @router.post("/v2/rerank", include_in_schema=False)
+    @router.post("/v1/rerank", dependencies=key, response_class=Response, responses={200: {"model": Ranking}})
+    async def ranking(request: Request, body: RerankRequest, pool: Served) -> Response:
         """Sort documents by their relevance to a query."""
         return await rerank(await pool.lease(request, body.model), request, body)
 
-    @app.get("/models", include_in_schema=False, response_model_exclude_unset=True)
-    @app.get("/v1/models", dependencies=key, response_model_exclude_unset=True)
-    async def models() -> ModelList:
+    @router.get("/models", include_in_schema=False, response_model_exclude_unset=True)
+    @router.get("/v1/models", dependencies=key, response_model_exclude_unset=True)
+    async def models(pool: Served) -> ModelList:
         """List the models that are served, each followed by itself with each of its LoRA adapters."""
         return ModelList(object="list", data=model_cards(pool))
 
-    @app.get("/models/{name:path}", include_in_schema=False, response_model_exclude_unset=True)
-    @app.get("/v1/models/{name:path}", dependencies=key, response_model_exclude_unset=True)
-    async def model(name: str) -> ModelCard:
+    @router.get("/models/{name:path}", include_in_schema=False, response_model_exclude_unset=True)
+    @router.get("/v1/models/{name:path}", dependencies=key, response_model_exclude_unset=True)
+    async def model(name: str, pool: Served) -> ModelCard:
         """Describe a model."""
         return model_card(pool, *pool.names.resolve(name))
 
 
-def _add_tokens(app: FastAPI, pool: Pool) -> None:
-    key = [_KEY] if pool.settings.api_key else []
-
-    @app.post("/tokenize", dependencies=key)
-    async def tokens_of(request: Request, body: TokenizeRequest) -> Tokens:
+def _add_tokens(router: APIRouter, key: list[Any]) -> None:
+    @router.post("/tokenize", dependencies=key)
+    async def tokens_of(request: Request, body: TokenizeRequest, pool: Served) -> Tokens:
         """Turn a text into token ids."""
         return await tokenize(await pool.lease(request, body.model), body)
 
-    @app.post("/detokenize", dependencies=key)
-    async def text_of(request: Request, body: DetokenizeRequest) -> Text:
+    @router.post("/detokenize", dependencies=key)
+    async def text_of(request: Request, body: DetokenizeRequest, pool: Served) -> Text:
         """Turn token ids into a text."""
         return await detokenize(await pool.lease(request, body.model), body)
 
-    @app.get("/tokenizer_info", dependencies=key)
-    async def describe_tokenizer(request: Request, model: str | None = None) -> TokenizerInfo:
+    @router.get("/tokenizer_info", dependencies=key)
+    async def describe_tokenizer(request: Request, pool: Served, model: str | None = None) -> TokenizerInfo:
         """Describe the tokenizer of a model."""
         return tokenizer_info(await pool.lease(request, model))
 
@@ -159,17 +162,15 @@ def _generation_route(key: list[Any], answer: type[BaseModel]) -> dict[str, Any]
     return {
         "dependencies": key,
         "response_class": Response,
-        "responses": {200: {"model": answer, "content": _STREAM}},
+        "responses": {200: {"model": answer, "content": STREAM}},
     }
 
 
-def _add_status(app: FastAPI, pool: Pool) -> None:
-    key = [_KEY] if pool.settings.api_key else []
-
-    @app.get("/v1/health", include_in_schema=False)
-    @app.get("/ping", include_in_schema=False)
-    @app.get("/health", responses={503: {"model": Health}})
-    async def health(response: Response) -> Health:
+def _add_status(router: APIRouter, key: list[Any]) -> None:
+    @router.get("/v1/health", include_in_schema=False)
+    @router.get("/ping", include_in_schema=False)
+    @router.get("/health", responses={503: {"model": Health}})
+    async def health(response: Response, pool: Served) -> Health:
         """Tell load balancers whether the server accepts requests."""
         if pool.shared.draining:
             response.status_code = 503
@@ -182,22 +183,22 @@ def _add_status(app: FastAPI, pool: Pool) -> None:
                 return Health(status="failed")
         return Health(status="ok")
 
-    @app.get(
+    @router.get(
         "/metrics",
         dependencies=key,
         response_class=Response,
         responses=_METRICS,
     )
-    async def metrics() -> Response:
+    async def metrics(pool: Served) -> Response:
         """Export metrics for Prometheus."""
         return Response(pool.shared.metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
-    @app.get("/version", dependencies=key)
+    @router.get("/version", dependencies=key)
     async def version() -> Version:
         """Name the version of nybble."""
         return Version(version=__version__)
 
-    @app.get("/props", dependencies=key, response_model_exclude_unset=True)
-    async def props(model: str | None = None) -> Properties:
+    @router.get("/props", dependencies=key, response_model_exclude_unset=True)
+    async def props(pool: Served, model: str | None = None) -> Properties:
         """Describe the server and a model as llama-server does."""
         return properties(pool, model)

@@ -7,12 +7,13 @@ import hashlib
 import time
 from typing import Any
 
-from fastapi import FastAPI, Request, Response
+from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
 from nybble._native import __version__
 from nybble.chat.reasoning import reasoning_format
 from nybble.server.delivery import respond, with_timeout
+from nybble.server.dependencies import Served
 from nybble.server.errors import ApiError
 from nybble.server.pool.entry import Entry
 from nybble.server.pool.pool import Pool
@@ -39,51 +40,51 @@ _LONGEST = 1e9
 """Seconds that a model stays, at most, before that counts as for good."""
 
 
-def add_ollama_routes(app: FastAPI, pool: Pool, key: list[Any]) -> None:
+def add_ollama_routes(router: APIRouter, key: list[Any]) -> None:
     """Adds the routes below `/api`."""
     route: Json = {"dependencies": key, "include_in_schema": False}
 
-    @app.post("/api/chat", **route)
-    async def chat(request: Request, body: OllamaChatRequest) -> Response:
+    @router.post("/api/chat", **route)
+    async def chat(request: Request, body: OllamaChatRequest, pool: Served) -> Response:
         if not body.messages:
             return await _loaded(pool, request, body)
         service = await _lease(pool, request, body)
         return await respond(service, request, chat_adapter(service, body))
 
-    @app.post("/api/generate", **route)
-    async def generate(request: Request, body: OllamaGenerateRequest) -> Response:
+    @router.post("/api/generate", **route)
+    async def generate(request: Request, body: OllamaGenerateRequest, pool: Served) -> Response:
         if not (body.prompt or body.suffix):
             return await _loaded(pool, request, body)
         service = await _lease(pool, request, body)
         return await respond(service, request, generate_adapter(service, body))
 
-    @app.post("/api/embed", **route)
-    async def embed(request: Request, body: OllamaEmbedRequest) -> Response:
+    @router.post("/api/embed", **route)
+    async def embed(request: Request, body: OllamaEmbedRequest, pool: Served) -> Response:
         inputs = [body.input] if isinstance(body.input, str) else body.input
         return await _embed(await _lease(pool, request, body), request, body, inputs)
 
-    @app.post("/api/embeddings", **route)
-    async def embeddings(request: Request, body: OllamaEmbeddingsRequest) -> Response:
+    @router.post("/api/embeddings", **route)
+    async def embeddings(request: Request, body: OllamaEmbeddingsRequest, pool: Served) -> Response:
         return await _embed(await _lease(pool, request, body), request, body, [body.prompt])
 
-    @app.get("/api/tags", **route)
-    async def tags() -> Json:
+    @router.get("/api/tags", **route)
+    async def tags(pool: Served) -> Json:
         return {"models": [_card(entry) for entry in pool.entries]}
 
-    @app.get("/api/ps", **route)
-    async def ps() -> Json:
+    @router.get("/api/ps", **route)
+    async def ps(pool: Served) -> Json:
         return {"models": [_running(entry) for entry in pool.entries if entry.state == "loaded"]}
 
-    @app.get("/api/version", **route)
+    @router.get("/api/version", **route)
     async def version() -> Json:
         return {"version": __version__}
 
-    @app.post("/api/show", **route)
-    async def show(body: ShowRequest) -> Json:
+    @router.post("/api/show", **route)
+    async def show(body: ShowRequest, pool: Served) -> Json:
         return _description(pool.names.find(body.model or body.name))
 
     for path in ("pull", "push", "create", "copy", "delete", "blobs/{digest}"):
-        app.add_api_route(f"/api/{path}", _refused, methods=["POST", "DELETE", "HEAD"], **route)
+        router.add_api_route(f"/api/{path}", _refused, methods=["POST", "DELETE", "HEAD"], **route)
 
 
 async def _refused(request: Request) -> Response:

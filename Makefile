@@ -53,17 +53,16 @@ check: $(VENV)/.installed-once $(VENV)/.check  ## In under a minute: format, lin
 
 test: lint test-rust test-python  ## Run every check and every test.
 
-# The last checks take one core each, and run at the same time.
+# The slowest check takes one core for as long as the others together.
 lint: $(VENV)/.installed $(VENV)/.check  ## Check format, lints, documentation, types and language.
 	cargo fmt --all --check
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	cargo clippy --locked --all-targets --features python -- -D warnings
-	cargo clippy --locked --lib -- -D warnings
-	cargo clippy --locked --lib --no-default-features -- -D warnings
-	$(BIN)/mypy
 	MYPYPATH=python $(BIN)/python -m mypy.stubtest nybble._native & \
-		$(BIN)/python scripts/check_language.py && export RUSTDOCFLAGS="-D warnings" && \
+		cargo clippy --locked --all-targets --features python -- -D warnings && \
+		cargo clippy --locked --lib -- -D warnings && \
+		cargo clippy --locked --lib --no-default-features -- -D warnings && \
+		$(BIN)/mypy && $(BIN)/python scripts/check_language.py && export RUSTDOCFLAGS="-D warnings" && \
 		cargo doc --locked --no-deps --features python --document-private-items && \
 		$(BIN)/python scripts/public_api.py && wait $$!
 

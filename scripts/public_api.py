@@ -59,13 +59,16 @@ def main() -> int:
 
 def document() -> Path:
     """Runs rustdoc. Returns the folder of its pages."""
-    subprocess.run(["cargo", "doc", "--locked", "--no-deps", "--quiet"], cwd=ROOT, check=True)
     metadata = ["cargo", "metadata", "--locked", "--no-deps", "--format-version", "1"]
     done = subprocess.run(metadata, cwd=ROOT, check=True, capture_output=True, text=True)
     found = re.search(r'"target_directory":"([^"]+)"', done.stdout)
     if found is None:
         raise SystemExit("cargo metadata: no target_directory")
-    return Path(found[1], "doc", "nybble")
+    # In one folder, pages with other features or with private items would replace these, and be written anew each time.
+    target = Path(found[1], "public-api")
+    command = ["cargo", "doc", "--locked", "--no-deps", "--quiet", "--target-dir", str(target)]
+    subprocess.run(command, cwd=ROOT, check=True)
+    return target / "doc" / "nybble"
 
 
 def listed(folder: Path) -> list[str]:

@@ -14,7 +14,6 @@ from nybble._native import __version__
 from nybble.server.admin.adapters import add_adapter_routes
 from nybble.server.conventions import Conventions
 from nybble.server.delivery import respond
-from nybble.server.dependencies import KEY, STREAM, Served
 from nybble.server.errors import RESPONSES, add_handlers
 from nybble.server.middleware import Middleware
 from nybble.server.page.routes import add_page_routes
@@ -23,6 +22,7 @@ from nybble.server.protocols.anthropic.routes import add_messages_routes
 from nybble.server.protocols.chat import ChatAdapter
 from nybble.server.protocols.chat_schema import ChatCompletion, ChatRequest
 from nybble.server.protocols.completions.adapter import CompletionAdapter, CompletionRequest, TextCompletion
+from nybble.server.protocols.dependencies import KEY, STREAM, Served
 from nybble.server.protocols.embeddings import EmbeddingRequest, Embeddings, embed
 from nybble.server.protocols.models import (
     Health,

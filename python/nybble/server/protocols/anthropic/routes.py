@@ -7,7 +7,6 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 from nybble.server.delivery import respond
-from nybble.server.dependencies import STREAM, Served
 from nybble.server.errors import error_responses
 from nybble.server.protocols.anthropic.adapter import MessagesAdapter, chat_request
 from nybble.server.protocols.anthropic.schema import (
@@ -19,6 +18,7 @@ from nybble.server.protocols.anthropic.schema import (
 )
 from nybble.server.protocols.chat import ChatAdapter
 from nybble.server.protocols.counting import count_tokens
+from nybble.server.protocols.dependencies import STREAM, Served
 
 _ERRORS = error_responses(ErrorResponse)
 

@@ -13,10 +13,10 @@ from fastapi.responses import JSONResponse
 from nybble._native import __version__
 from nybble.chat.reasoning import reasoning_format
 from nybble.server.delivery import respond, with_timeout
-from nybble.server.dependencies import Served
 from nybble.server.errors import ApiError
 from nybble.server.pool.entry import Entry
 from nybble.server.pool.pool import Pool
+from nybble.server.protocols.dependencies import Served
 from nybble.server.protocols.embeddings import MAX_INPUTS, check_dimensions, vectors
 from nybble.server.protocols.ollama.adapter import chat_adapter, generate_adapter, loaded
 from nybble.server.protocols.ollama.schema import (

@@ -7,11 +7,11 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Query, Request, Response
 
 from nybble.server.delivery import respond
-from nybble.server.dependencies import STREAM, Served
 from nybble.server.errors import ApiError
 from nybble.server.pool.pool import Pool
 from nybble.server.protocols.chat import ChatAdapter
 from nybble.server.protocols.counting import count_tokens
+from nybble.server.protocols.dependencies import STREAM, Served
 from nybble.server.protocols.responses.adapter import ResponsesAdapter, chat_request, conversation_of
 from nybble.server.protocols.responses.schema import (
     Conversation,

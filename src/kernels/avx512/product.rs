@@ -319,10 +319,8 @@ fn save<const P: usize>(
 fn prefetch_block<N, const CODE: u8, const P: usize>(w: &Weights<'_, N, P>, b: usize) {
     let lines = lines_of_block(CODE);
     for codes in w.codes {
-        for i in 0..lines {
-            if let Some(line) = codes.get((b + AHEAD) * lines + i) {
-                prefetch(line);
-            }
+        if let Some(block) = codes.get((b + AHEAD) * lines..(b + AHEAD + 1) * lines) {
+            block.iter().for_each(prefetch);
         }
     }
 }
@@ -354,7 +352,8 @@ fn strip<
             }
             for half in 0..halves {
                 let zeros = if halves == 1 { &zeros[b] } else { &half_zeros[b][half] };
-                let dots = dots::<_, CODE, BYTES, MIN, P, R>(w, b, half, halves, &codes[b], zeros, table);
+                // SAFETY: this function has all features of `dots`.
+                let dots = unsafe { dots::<_, CODE, BYTES, MIN, P, R>(w, b, half, halves, &codes[b], zeros, table) };
                 let scale = numbers(&w.scales, b * halves + half);
                 for r in 0..R {
                     for p in 0..P {
@@ -376,7 +375,8 @@ fn strip<
                 if !BYTES {
                     prefetch_block::<_, CODE, P>(w, b);
                 }
-                let dots = dots::<_, CODE, BYTES, MIN, P, R>(w, b, 0, 1, &codes[b], &zeros[b], table);
+                // SAFETY: as above.
+                let dots = unsafe { dots::<_, CODE, BYTES, MIN, P, R>(w, b, 0, 1, &codes[b], &zeros[b], table) };
                 for r in 0..R {
                     for p in 0..P {
                         let scale = _mm512_set1_ps(scales[b][r]);
@@ -409,10 +409,14 @@ fn add_mins<const P: usize, const R: usize>(mins: [__m512; P], sums: &[f32; R], 
     }
 }
 
-/// The dot products of a block, or of one half if the block has two `halves`.
-#[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma,f16c")]
-fn dots<N, const CODE: u8, const BYTES: bool, const MIN: bool, const P: usize, const R: usize>(
+/// The dot products of a block, or of one half if the block has two `halves`. As a function of its own, which it becomes without
+/// `always`, it would pass its results, and the sums of the caller, through memory.
+///
+/// # Safety
+///
+/// The CPU must have the features of [`strip`].
+#[inline(always)]
+unsafe fn dots<N, const CODE: u8, const BYTES: bool, const MIN: bool, const P: usize, const R: usize>(
     w: &Weights<'_, N, P>,
     b: usize,
     half: usize,
@@ -421,45 +425,54 @@ fn dots<N, const CODE: u8, const BYTES: bool, const MIN: bool, const P: usize, c
     zeros: &[i32; R],
     table: __m512i,
 ) -> [[__m512i; P]; R] {
-    let mut dots = [[_mm512_setzero_si512(); P]; R];
-    if !is_unsigned(CODE) || !MIN {
-        for r in 0..R {
-            dots[r] = [_mm512_set1_epi32(zero_point(CODE, zeros[r])); P];
+    // SAFETY: the caller's promise.
+    unsafe {
+        let mut dots = [[_mm512_setzero_si512(); P]; R];
+        if !is_unsigned(CODE) || !MIN {
+            for r in 0..R {
+                dots[r] = [_mm512_set1_epi32(zero_point(CODE, zeros[r])); P];
+            }
         }
+        if halves == 1 || half == 0 {
+            add_pair::<_, CODE, BYTES, P, R, 0>(w, b, codes, table, &mut dots);
+            add_pair::<_, CODE, BYTES, P, R, 1>(w, b, codes, table, &mut dots);
+        }
+        if halves == 1 || half == 1 {
+            add_pair::<_, CODE, BYTES, P, R, 2>(w, b, codes, table, &mut dots);
+            add_pair::<_, CODE, BYTES, P, R, 3>(w, b, codes, table, &mut dots);
+        }
+        dots
     }
-    if halves == 1 || half == 0 {
-        add_pair::<_, CODE, BYTES, P, R, 0>(w, b, codes, table, &mut dots);
-        add_pair::<_, CODE, BYTES, P, R, 1>(w, b, codes, table, &mut dots);
-    }
-    if halves == 1 || half == 1 {
-        add_pair::<_, CODE, BYTES, P, R, 2>(w, b, codes, table, &mut dots);
-        add_pair::<_, CODE, BYTES, P, R, 3>(w, b, codes, table, &mut dots);
-    }
-    dots
 }
 
 /// Adds the dot products of columns `8 * PAIR .. 8 * PAIR + 8` of a block.
-#[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma,f16c")]
-fn add_pair<N, const CODE: u8, const BYTES: bool, const P: usize, const R: usize, const PAIR_OF_BLOCK: usize>(
+///
+/// # Safety
+///
+/// As for [`dots`].
+#[inline(always)]
+unsafe fn add_pair<N, const CODE: u8, const BYTES: bool, const P: usize, const R: usize, const PAIR_OF_BLOCK: usize>(
     w: &Weights<'_, N, P>,
     b: usize,
     codes: &[[i32; 8]; R],
     table: __m512i,
     dots: &mut [[__m512i; P]; R],
 ) {
-    for j in [2 * PAIR_OF_BLOCK, 2 * PAIR_OF_BLOCK + 1] {
-        let mut weights = [_mm512_setzero_si512(); P];
-        for p in 0..P {
-            weights[p] = match BYTES {
-                true => register::<INT8>(block_lines::<INT8>(w.codes[p], b), j, table),
-                false => register::<CODE>(block_lines::<CODE>(w.codes[p], b), j, table),
-            };
-        }
-        for r in 0..R {
-            let x = _mm512_set1_epi32(codes[r][j]);
+    // SAFETY: the caller's promise.
+    unsafe {
+        for j in [2 * PAIR_OF_BLOCK, 2 * PAIR_OF_BLOCK + 1] {
+            let mut weights = [_mm512_setzero_si512(); P];
             for p in 0..P {
-                dots[r][p] = _mm512_dpbusd_epi32(dots[r][p], weights[p], x);
+                weights[p] = match BYTES {
+                    true => register::<INT8>(block_lines::<INT8>(w.codes[p], b), j, table),
+                    false => register::<CODE>(block_lines::<CODE>(w.codes[p], b), j, table),
+                };
+            }
+            for r in 0..R {
+                let x = _mm512_set1_epi32(codes[r][j]);
+                for p in 0..P {
+                    dots[r][p] = _mm512_dpbusd_epi32(dots[r][p], weights[p], x);
+                }
             }
         }
     }

@@ -509,18 +509,22 @@ impl Transformer {
 
     /// Appends the logits of all rows of the residual stream `w.x` to `logits`.
     pub(super) fn head(&self, pass: &Pass<'_>, w: &mut Workspace, logits: &mut Vec<f32>) {
+        self.output_input(pass, w);
+        self.project(pass, w, self.weights.output(), logits);
+    }
+
+    /// Sets `w.input` to what the output matrix is multiplied by, for all rows of the residual stream `w.x`.
+    pub(super) fn output_input(&self, pass: &Pass<'_>, w: &mut Workspace) {
         let (config, weights) = (&self.config, &self.weights);
         pass.norm(&w.x, weights.output_norm.as_ref(), &mut w.input);
-        let output = weights.output();
         if let Some(projections) = &weights.projections {
-            let (out_proj, columns) = (&projections.out_proj, output.columns());
+            let (out_proj, columns) = (&projections.out_proj, weights.output().columns());
             pass.linear(out_proj, &mut w.input, &mut w.branch);
             w.input.resize(w.x.len() / config.hidden, columns);
             for (input, row) in w.input.values.chunks_mut(columns).zip(w.branch.chunks(out_proj.width())) {
                 input.copy_from_slice(&row[..columns]);
             }
         }
-        self.project(pass, w, output, logits);
     }
 
     /// Appends the logits of all rows of `w.input`, which are normalized, to `logits`.

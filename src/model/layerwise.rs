@@ -475,6 +475,15 @@ impl Layerwise {
         })
     }
 
+    /// What the output matrix is multiplied by `(tokens, its columns)`, for the stream `x` after the last layer.
+    pub(crate) fn output_input(&self, x: &[f32]) -> Vec<f32> {
+        self.pass(|pass, w| {
+            w.x.copy_from(x);
+            self.model.transformer.output_input(pass, w);
+            w.input.values.to_vec()
+        })
+    }
+
     fn pass<R>(&self, run: impl FnOnce(&Pass<'_>, &mut Workspace) -> R) -> R {
         let transformer = &self.model.transformer;
         self.model.with_workspace(|workspace| {

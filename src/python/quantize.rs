@@ -31,7 +31,9 @@ pub(super) struct Options {
     sparsity: Option<f32>,
     #[pyo3(default)]
     sparsity_pattern: Option<String>,
-    output_type: String,
+    output_type: Option<String>,
+    #[pyo3(default)]
+    chooses_output: bool,
     #[pyo3(from_py_with = pairs)]
     keep: Vec<(String, String)>,
     target: Option<f64>,
@@ -87,7 +89,7 @@ impl Options {
         Ok(TensorFormats {
             format,
             group: self.group_size,
-            output_type: block_type("output_type", &self.output_type)?,
+            output_type: block_type("output_type", self.output_type.as_deref().unwrap_or("q8_0"))?,
             overrides: overrides.collect::<crate::Result<_>>()?,
         })
     }
@@ -165,9 +167,11 @@ pub(super) fn quantize(
             let weigh = recipe.is_none() && options.bits_per_weight.is_none();
             formats = choose_formats(&context, &formats, weigh)?;
         }
-        if let Some(bits) = options.bits_per_weight {
-            formats = formats.spend_bits(&context, bits)?;
-        }
+        formats = match options.bits_per_weight {
+            bits if options.chooses_output => formats.spend_all_bits(&context, bits)?,
+            Some(bits) => formats.spend_bits(&context, bits)?,
+            None => formats,
+        };
         let done = match recipe {
             Some((recipe, tuning)) => run(&context, &QuantizeOptions { recipe, tuning, formats, sparsity })?.to_json(),
             None => {

@@ -137,7 +137,7 @@ fn calibrate(quantizer: &mut Quantizer<'_, '_>, run: &OpenRun<'_>, windows: &[Ve
         quantizer.finish_layer(index);
         calibration.save(&snapshots, index + 1)?;
     }
-    Ok(())
+    quantizer.solve_output(&mut calibration)
 }
 
 /// Checks vectors for NaN and infinities. They go into the file unchanged, so nothing else checks them.

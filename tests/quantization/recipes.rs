@@ -242,6 +242,55 @@ fn two_bits_are_left_to_the_least_sensitive_tensors() {
 }
 
 #[test]
+fn bits_that_embedding_and_output_leave_go_to_linear_layers() {
+    for name in ["llama", "qwen2"] {
+        let folder = tempfile::tempdir().unwrap();
+        let source = source(&folder, name);
+        let base = TensorFormats::new(Format::Iq4Nl);
+        let mut moved = 0;
+        for bits in [None, Some(4.5), Some(5.0), Some(6.0)] {
+            let (out, windows) = (folder.path().join("out.gguf"), windows());
+            let context = RunContext::new(&source, &out, &windows).with_threads(1).with_force(true);
+            let plain = bits.map_or(Ok(base.clone()), |bits| base.spend_bits(&context, bits)).unwrap();
+            let all = base.spend_all_bits(&context, bits).unwrap();
+            let of = |formats: &TensorFormats| {
+                run_forced(&source, &out, &options(gptq()).with_formats(formats.clone())).unwrap()
+            };
+            let (plain, all) = (of(&plain), of(&all));
+            assert!(all.size_bytes <= plain.size_bytes, "{name}, {bits:?}: {} bytes", all.size_bytes);
+            let head =
+                all.tensors.iter().filter(|tensor| ["token_embd.weight", "output.weight"].contains(&&*tensor.name));
+            let types: Vec<_> = head.map(|tensor| tensor.block_type).collect();
+            let known = [BlockType::IQ4_NL, BlockType::Q5_0, BlockType::Q8_0];
+            assert!(types.iter().all(|block_type| known.contains(block_type)), "{types:?}");
+            let is_moved = types.iter().any(|block_type| *block_type != BlockType::Q8_0);
+            assert_eq!(is_moved, all.bits_per_weight() > plain.bits_per_weight(), "{name}, {bits:?}: {all:?}");
+            moved += usize::from(is_moved);
+        }
+        assert!(moved > 0, "{name}");
+    }
+}
+
+#[test]
+fn the_output_matrix_is_calibrated_with_its_inputs() {
+    for name in ["llama", "qwen2"] {
+        let folder = tempfile::tempdir().unwrap();
+        let source = source(&folder, name);
+        let blocks = vec![("blk.*".to_owned(), BlockType::F16)];
+        let formats = TensorFormats::new(Format::Q4_0).with_output_type(BlockType::Q4_0).with_overrides(blocks);
+        let lost = |recipe: Recipe| {
+            let out = folder.path().join(format!("{}.gguf", recipe.name()));
+            let report = run(&source, &out, &options(recipe).with_formats(formats.clone())).unwrap();
+            let output = report.tensors.iter().rfind(|tensor| !tensor.linear).unwrap();
+            assert_eq!(output.recipe, recipe.name(), "{report:?}");
+            distance(&logits(&out), &logits(&source))
+        };
+        let (rounded, compensated) = (lost(RTN), lost(gptq()));
+        assert!(compensated < 0.97 * rounded, "{name}: {compensated}, rounded {rounded}");
+    }
+}
+
+#[test]
 fn every_recipe_gives_the_same_bytes_on_one_and_two_threads() {
     let folder = tempfile::tempdir().unwrap();
     let source = source(&folder, "llama");

@@ -91,7 +91,8 @@ class QuantizeOptions:
     )
     """Bits per weight, as a mean over all linear layers: 2.25 to 8.5, scales included.
 
-    The most sensitive layers get 5 or 8 bits, the others 4. Below 4.5, they get 4, 5 or 8 bits, and the others 2.
+    The most sensitive layers get 5 or 8 bits, the others 4. Below 4.5, they get 4, 5 or 8 bits, and the others 2. With
+    the recipe "auto", linear layers also get the bits that the embedding and the output leave: see `output_type`.
     """
     sparsity: float | None = field(
         default=None,
@@ -110,10 +111,21 @@ class QuantizeOptions:
         },
     )
     """Which weights may become zero: any of a row ("unstructured", the default), or two of every four ("2:4")."""
-    output_type: str = field(
-        default="q8_0", metadata={**doc("Block type of the embedding and the output."), "metavar": "TYPE"}
+    output_type: str | None = field(
+        default=None,
+        metadata={
+            **doc(
+                "Block type of the embedding and the output; q8_0 if not given, and with the recipe auto the type with "
+                "which a file of the same size loses least."
+            ),
+            "metavar": "TYPE",
+        },
     )
-    """Block type of the embedding and the output."""
+    """Block type of the embedding and the output. None is q8_0, except for the recipe "auto".
+
+    With "auto", no `format` and no `sparsity`, or with `bits_per_weight`, each gets iq4_nl, q5_0 or q8_0. The bytes
+    that they leave, compared with q8_0, go to the most sensitive linear layers, where the file loses less that way.
+    """
     keep: Mapping[str, str] | None = None
     """Block types of single tensors, by name or pattern: `{"blk.0.*": "q8_0"}`. The first matching pattern applies."""
     prune_experts: int | None = field(
@@ -230,6 +242,12 @@ class QuantizeOptions:
         return is_open and self.sparsity is None and not self._is_below_4_bits
 
     @property
+    def chooses_output(self) -> bool:
+        """Whether the types of the embedding and the output are chosen so that a file of the same size loses least."""
+        is_open = self.recipe == "auto" and self.output_type is None and self.sparsity is None
+        return is_open and (self.bits_per_weight is not None or self.chooses_format)
+
+    @property
     def group_size(self) -> int:
         """Weights that share a scale."""
         return 32 if self.group is None else self.group
@@ -265,7 +283,7 @@ class QuantizeOverrides(TypedDict, total=False):
     bits_per_weight: float | None
     sparsity: float | None
     sparsity_pattern: SparsityPattern | None
-    output_type: str
+    output_type: str | None
     keep: Mapping[str, str] | None
     prune_experts: int | None
     calibration: str | os.PathLike[str] | Sequence[str | Mapping[str, Any]]

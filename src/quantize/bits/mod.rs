@@ -2,6 +2,7 @@
 
 mod allocate;
 mod choose;
+mod head;
 mod importance;
 mod sensitivity;
 mod spend;

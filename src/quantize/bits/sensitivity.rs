@@ -3,6 +3,7 @@
 use serde_json::json;
 
 use super::allocate::{Choice, allocate};
+use super::head;
 use crate::error::{Error, Result};
 use crate::format::Tensor;
 use crate::quant::block::BlockType;
@@ -24,16 +25,23 @@ fn finer(format: Format) -> impl Iterator<Item = Format> {
     FINER.into_iter().filter(move |finer| bits(*finer) > bits(format))
 }
 
-/// Overrides for [`TensorFormats`](super::super::TensorFormats) with which the linear layers have at most `bits` per weight, scales included, and the model
-/// loses as little as possible.
+/// Overrides for [`TensorFormats`](super::super::TensorFormats) with which the linear layers have at most `bits` per weight, scales
+/// included (`None`: what they have now), and the model loses as little as possible. With `chooses_head`, the embedding and the output
+/// matrix give up bytes for linear layers where that loses less.
 ///
 /// The loss of a tensor is the mean divergence of the predictions on the windows of the run when that tensor alone is rounded.
 /// Finer formats reduce it in proportion to the error of the weights. Measurements are read from `log` or added to it.
 ///
 /// # Errors
 /// [`Error::InvalidArgument`] if the format of linear layers takes more bits; [`Error::Interrupted`]; those of the forward pass.
-pub(super) fn plan(run: &OpenRun<'_>, bits: f64, log: &mut ResumeLog) -> Result<Vec<(String, BlockType)>> {
-    if !has_spare_bits(run, bits)? {
+pub(super) fn plan(
+    run: &OpenRun<'_>,
+    bits: Option<f64>,
+    chooses_head: bool,
+    log: &mut ResumeLog,
+) -> Result<Vec<(String, BlockType)>> {
+    let head = if chooses_head { head::open(run) } else { Vec::new() };
+    if !has_spare_bits(run, bits)? && head.is_empty() {
         return Ok(Vec::new());
     }
     let folder = std::env::temp_dir();
@@ -47,25 +55,38 @@ pub(super) fn plan(run: &OpenRun<'_>, bits: f64, log: &mut ResumeLog) -> Result<
     }
     let reference = logits(&mut calibration, windows.len())?;
 
-    let (mut names, mut tensors) = (Vec::new(), Vec::new());
+    // Per tensor: its name, the format that it has without an override, and the formats to choose from.
+    let (mut tensors, mut choices) = (Vec::new(), Vec::new());
+    let mut add = |name: &str, own: BlockType, formats: Vec<BlockType>, weights: usize, loss: f64, errors: &[f64]| {
+        let of = |(block_type, error): (&BlockType, &f64)| Choice {
+            bytes: bytes(*block_type, weights),
+            loss: if errors[0] > 0.0 { loss * error / errors[0] } else { 0.0 },
+        };
+        choices.push(formats.iter().zip(errors).map(of).collect::<Vec<Choice>>());
+        tensors.push((name.to_owned(), own, formats));
+    };
+    for (name, weights) in &head {
+        run.check()?;
+        run.report("sensitivity", 0, count);
+        let numbers = known(log, name, || head::measure(run, name, &reference))?;
+        let formats = head::FORMATS.map(Format::block_type).to_vec();
+        add(name, run.formats.output_type, formats, *weights, numbers[0], &numbers[1..]);
+    }
     for (index, before) in before.iter_mut().enumerate() {
         for tensor in linear_layers(run, index) {
             run.check()?;
             run.report("sensitivity", index, count);
-            let formats = tensor.formats();
+            let formats = tensor.formats().into_iter().map(|grouped| grouped.format.block_type()).collect();
             let numbers = known(log, &tensor.name, || measure(run, index, &tensor, before, &reference))?;
-            let (loss, errors) = (numbers[0], &numbers[1..]);
-            let of = |(grouped, error): (&GroupedFormat, &f64)| Choice {
-                bytes: bytes(grouped.format.block_type(), tensor.weights.len()),
-                loss: if errors[0] > 0.0 { loss * error / errors[0] } else { 0.0 },
-            };
-            tensors.push(formats.iter().zip(errors).map(of).collect::<Vec<Choice>>());
-            names.push((tensor.name, formats));
+            let own = tensor.grouped.format.block_type();
+            add(&tensor.name, own, formats, tensor.weights.len(), numbers[0], &numbers[1..]);
         }
     }
-    let Some(chosen) = allocate(&tensors, Budget::of(run, bits)?.open) else { return Err(Budget::too_few(run, bits)) };
-    let finer = names.into_iter().zip(chosen).filter(|(_, choice)| *choice > 0);
-    Ok(finer.map(|((name, formats), choice)| (name, formats[choice].format.block_type())).collect())
+    let budget = Budget::of(run, bits)?.open + if chooses_head { head::size(run) } else { 0 };
+    let Some(chosen) = allocate(&choices, budget) else { return Err(Budget::too_few(run, bits.unwrap_or_default())) };
+    let types = tensors.into_iter().zip(chosen).map(|((name, own, formats), choice)| (name, own, formats[choice]));
+    let changed = types.filter(|(_, own, chosen)| own != chosen);
+    Ok(changed.map(|(name, _, chosen)| (name, chosen)).collect())
 }
 
 /// The loss of a tensor in its own format, then the errors of its weights in each of its formats. `before` has the windows
@@ -117,8 +138,9 @@ impl Budget {
     ///
     /// # Errors
     /// [`Error::InvalidArgument`] if they do not suffice for the format of linear layers.
-    fn of(run: &OpenRun<'_>, bits: f64) -> Result<Budget> {
+    fn of(run: &OpenRun<'_>, bits: Option<f64>) -> Result<Budget> {
         let (all, fixed, own, _) = sizes(run);
+        let Some(bits) = bits else { return Ok(Budget { open: own, own }) };
         let open = ((bits * all as f64 / 8.0) as u64).checked_sub(fixed).filter(|open| *open >= own);
         open.map(|open| Budget { open, own }).ok_or_else(|| Budget::too_few(run, bits))
     }
@@ -172,7 +194,7 @@ fn sizes(run: &OpenRun<'_>) -> (usize, u64, u64, Option<(String, BlockType)>) {
 ///
 /// # Errors
 /// [`Error::InvalidArgument`] if they do not even suffice for the format of linear layers.
-fn has_spare_bits(run: &OpenRun<'_>, bits: f64) -> Result<bool> {
+fn has_spare_bits(run: &OpenRun<'_>, bits: Option<f64>) -> Result<bool> {
     let own = run.formats.format.block_type();
     let Some(finer) = finer(run.formats.format).next().map(Format::block_type) else { return Ok(false) };
     let of_layer = |index| quantized(run, index).map(|(_, tensor, _)| tensor.dims.iter().product());
@@ -182,7 +204,7 @@ fn has_spare_bits(run: &OpenRun<'_>, bits: f64) -> Result<bool> {
     Ok(sizes.iter().any(|size| bytes(finer, *size) <= left + bytes(own, *size)))
 }
 
-fn bytes(block_type: BlockType, weights: usize) -> u64 {
+pub(super) fn bytes(block_type: BlockType, weights: usize) -> u64 {
     (weights / block_type.block_len() * block_type.block_bytes()) as u64
 }
 
@@ -232,7 +254,7 @@ fn linear_layers(run: &OpenRun<'_>, index: usize) -> impl Iterator<Item = Linear
 }
 
 /// The logits of all windows after the last layer `(tokens, vocabulary)`.
-fn logits(calibration: &mut Calibration<'_>, windows: usize) -> Result<Vec<f32>> {
+pub(super) fn logits(calibration: &mut Calibration<'_>, windows: usize) -> Result<Vec<f32>> {
     let mut all = Vec::new();
     for window in 0..windows {
         all.extend(calibration.logits(window)?);
@@ -242,7 +264,7 @@ fn logits(calibration: &mut Calibration<'_>, windows: usize) -> Result<Vec<f32>>
 
 /// The mean over rows of the Kullback-Leibler divergence between the logits `reference` and `found`, both `(rows, vocabulary)`,
 /// in nats.
-fn divergence(reference: &[f32], found: &[f32], vocabulary: usize) -> f64 {
+pub(super) fn divergence(reference: &[f32], found: &[f32], vocabulary: usize) -> f64 {
     let normalizer = |row: &[f32]| {
         let most = row.iter().fold(f32::NEG_INFINITY, |m, x| m.max(*x));
         f64::from(most) + row.iter().map(|x| f64::from((x - most).exp())).sum::<f64>().ln()

@@ -24,6 +24,20 @@ impl TensorFormats {
     /// [`Error::InvalidArgument`] if the format of linear layers already takes more bits, and for too little text; those of
     /// [`quantize`](crate::quantize::quantize).
     pub fn spend_bits(&self, context: &RunContext<'_>, bits: f64) -> Result<TensorFormats> {
+        self.spend(context, Some(bits), false)
+    }
+
+    /// As [`spend_bits`](TensorFormats::spend_bits), but embedding and output, where they would be stored in Q8_0, may have fewer bits,
+    /// too. What they leave goes to the linear layers, and the file keeps its size. Without `bits`, that is its size with these formats.
+    ///
+    /// # Errors
+    /// Those of [`spend_bits`](TensorFormats::spend_bits).
+    pub fn spend_all_bits(&self, context: &RunContext<'_>, bits: impl Into<Option<f64>>) -> Result<TensorFormats> {
+        self.spend(context, bits.into(), true)
+    }
+
+    /// The formats with overrides. `bits` is `None` for those that the formats take.
+    fn spend(&self, context: &RunContext<'_>, bits: Option<f64>, chooses_head: bool) -> Result<TensorFormats> {
         let formats = self;
         formats.check()?;
         context.check_out(&[ResumeFiles::next_to(context.out)])?;
@@ -42,7 +56,7 @@ impl TensorFormats {
             let run =
                 OpenRun { context: RunContext { windows: &sample, ..*context }, checkpoint, layers, formats, files };
             let (mut formats, _) = without_f16_scales(&run)?;
-            let finer = plan(&OpenRun { formats: &formats, ..run }, bits, &mut log)?;
+            let finer = plan(&OpenRun { formats: &formats, ..run }, bits, chooses_head, &mut log)?;
             formats.overrides.extend(finer);
             Ok(formats)
         })

@@ -138,6 +138,19 @@ impl<'a> Calibration<'a> {
         Ok(self.layers.logits(self.residual.get(window)?))
     }
 
+    /// The moments of what the output matrix, which has `columns`, is multiplied by, after the last layer.
+    ///
+    /// # Errors
+    /// Those of temporary files.
+    pub(in crate::quantize) fn output_moments(&mut self, columns: usize) -> Result<Moments> {
+        let mut moments = Moments::new(columns);
+        for window in 0..self.windows.len() {
+            moments.add(&self.layers.output_input(&self.residual.get(window)?), &self.compute);
+        }
+        moments.finish(&self.compute);
+        Ok(moments)
+    }
+
     /// Passes the windows through a layer. `visitor` quantizes its linear layers on the way.
     ///
     /// # Errors

@@ -8,7 +8,7 @@ use super::options::QuantizeOptions;
 use crate::error::{Error, Place, Result};
 use crate::format::{Checkpoint, Tensor};
 use crate::model::layerwise::Site;
-use crate::quantize::calibration::{MIN_TOKENS, Moments, PatchedCheckpoint, Visitor, read_rows};
+use crate::quantize::calibration::{Calibration, MIN_TOKENS, Moments, PatchedCheckpoint, Visitor, read_rows};
 use crate::quantize::compute::Compute;
 use crate::quantize::context::OpenRun;
 use crate::quantize::format::GroupedFormat;
@@ -20,6 +20,12 @@ use crate::quantize::sparsity::Sparsity;
 
 /// The name of the recipe that takes over what the source has.
 pub(super) const EXACT: &str = "exact";
+/// The output matrix, or else the embedding, which is used as one.
+const OUTPUTS: [&str; 2] = ["output.weight", "token_embd.weight"];
+/// Rows of the output matrix that are solved together.
+const OUTPUT_ROWS: usize = 16_384;
+/// What errors of an embedding that is the output as well cost as inputs, in units of the mean square of the output's inputs.
+const EMBEDDING_SHARE: f32 = 0.1;
 /// Units of progress per layer.
 const UNITS: usize = 1000;
 
@@ -98,6 +104,62 @@ impl<'a, 'l> Quantizer<'a, 'l> {
         Ok(())
     }
 
+    /// Quantizes the output matrix where the recipe compensates for errors, after the last layer of the calibration.
+    pub(super) fn solve_output(&mut self, calibration: &mut Calibration<'_>) -> Result<()> {
+        let (checkpoint, config) = (self.run.checkpoint, self.run.layers.config());
+        let found = OUTPUTS.into_iter().find_map(|name| Some((name, checkpoint.tensor(name)?)));
+        let Some((name, tensor)) = found.filter(|_| config.has_logits && self.recipe.compensates()) else {
+            return Ok(());
+        };
+        let Stored::Solved(grouped) = self.run.formats.stored(name, &tensor.dims) else { return Ok(()) };
+        if self.log.description(name, 0).is_some() || exact::is_exact(&tensor, &grouped) {
+            return Ok(());
+        }
+        let started = Instant::now();
+        self.run.report("output", 0, 1);
+        let (columns, rows) = (tensor.dims[0], tensor.dims[1]);
+        let mut moments = calibration.output_moments(columns)?;
+        if name != OUTPUTS[0] {
+            // The rows of an embedding are inputs, too, for which errors of all columns count alike.
+            let mean = moments.hessian.iter().step_by(columns + 1).sum::<f32>() / columns as f32;
+            moments.hessian.iter_mut().step_by(columns + 1).for_each(|square| *square += EMBEDDING_SHARE * mean);
+        }
+        let (mut blocks, mut errors, mut zeros) = (Vec::new(), Vec::new(), 0);
+        for first in (0..rows).step_by(OUTPUT_ROWS) {
+            let count = OUTPUT_ROWS.min(rows - first);
+            let weights = read_rows(&tensor, first, count)?;
+            let problem = LayerProblem::new(&weights, count, columns, &moments.hessian, &moments.magnitude)
+                .map_err(|error| self.fault(name, error))?;
+            let solution = self.recipe.solve(&problem, &grouped, &self.compute);
+            let decoded = solution.decode(&grouped, columns);
+            errors.push(self.compute.error(&problem, &decoded));
+            zeros += decoded.iter().filter(|weight| **weight == 0.0).count();
+            blocks.extend(solution.encode(&grouped, columns));
+            self.run.check()?;
+        }
+        let description = json!({
+            "name": name,
+            "part": 0,
+            "recipe": self.recipe.name(),
+            "tokens": moments.tokens,
+            "relative_error": errors.iter().sum::<f64>() / errors.len().max(1) as f64,
+            "zeros": zeros,
+            "seconds": started.elapsed().as_secs_f64(),
+        });
+        self.log.add(name, 0, description, &blocks)
+    }
+
+    /// An error of the numbers of a tensor, with the tensor's name.
+    fn fault(&self, tensor: &str, error: Error) -> Error {
+        match error {
+            Error::InvalidArgument { name, found, expected } => {
+                let what = if name == "weights" { found } else { format!("{found} among the moments of its inputs") };
+                Error::malformed(self.run.checkpoint.path(), Place::Tensor(tensor.to_owned()), what, expected)
+            }
+            other => other,
+        }
+    }
+
     /// The pieces of the tensors at a site.
     fn pieces(&self, layer: usize, site: Site) -> Vec<Piece> {
         let names = site.tensors().into_iter().map(|name| format!("blk.{layer}.{name}"));
@@ -122,13 +184,7 @@ impl<'a, 'l> Quantizer<'a, 'l> {
         factors: Option<&[f32]>,
     ) -> Result<Vec<f32>> {
         let started = Instant::now();
-        let fault = |error: Error| match error {
-            Error::InvalidArgument { name, found, expected } => {
-                let what = if name == "weights" { found } else { format!("{found} among the moments of its inputs") };
-                Error::malformed(self.run.checkpoint.path(), Place::Tensor(piece.name.clone()), what, expected)
-            }
-            other => other,
-        };
+        let fault = |error| self.fault(&piece.name, error);
         let weights = read_rows(tensor, piece.first, piece.rows)?;
         let known = moments.filter(|moments| moments.tokens >= MIN_TOKENS);
         let (hessian, magnitude) = known.map_or((&[][..], &[][..]), |known| (&known.hessian, &known.magnitude));

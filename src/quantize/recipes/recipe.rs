@@ -65,6 +65,11 @@ impl Recipe {
         matches!(self, Recipe::Awq(_))
     }
 
+    /// Whether it compensates for the errors of some columns by others, where it knows the inputs.
+    pub(in crate::quantize) fn compensates(&self) -> bool {
+        matches!(self, Recipe::Gptq(_) | Recipe::Awq(Some(_)))
+    }
+
     pub(in crate::quantize) fn solve(
         &self,
         problem: &LayerProblem<'_>,
@@ -72,7 +77,7 @@ impl Recipe {
         compute: &Compute<'_>,
     ) -> Solution {
         // Recipes that compensate for errors prune as they round.
-        let compensates = matches!(self, Recipe::Gptq(_) | Recipe::Awq(Some(_))) && !problem.hessian.is_empty();
+        let compensates = self.compensates() && !problem.hessian.is_empty();
         if problem.sparsity.is_some() && !compensates {
             let pruned = prune::pruned(problem);
             let weights = prune::without(problem.weights, &pruned);

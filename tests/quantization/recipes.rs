@@ -276,17 +276,17 @@ fn the_output_matrix_is_calibrated_with_its_inputs() {
     for name in ["llama", "qwen2"] {
         let folder = tempfile::tempdir().unwrap();
         let source = source(&folder, name);
-        let blocks = vec![("blk.*".to_owned(), BlockType::F16)];
-        let formats = TensorFormats::new(Format::Q4_0).with_output_type(BlockType::Q4_0).with_overrides(blocks);
+        let others = ["blk.*", "token_embd"].map(|pattern| (pattern.to_owned(), BlockType::F16)).to_vec();
+        let formats = TensorFormats::new(Format::Q4_0).with_output_type(BlockType::Q4_0).with_overrides(others);
         let lost = |recipe: Recipe| {
             let out = folder.path().join(format!("{}.gguf", recipe.name()));
             let report = run(&source, &out, &options(recipe).with_formats(formats.clone())).unwrap();
-            let output = report.tensors.iter().rfind(|tensor| !tensor.linear).unwrap();
+            let output = report.tensors.iter().find(|tensor| tensor.name == "output.weight").unwrap();
             assert_eq!(output.recipe, recipe.name(), "{report:?}");
             distance(&logits(&out), &logits(&source))
         };
         let (rounded, compensated) = (lost(RTN), lost(gptq()));
-        assert!(compensated < 0.97 * rounded, "{name}: {compensated}, rounded {rounded}");
+        assert!(compensated < 0.9 * rounded, "{name}: {compensated}, rounded {rounded}");
     }
 }
 

@@ -1,7 +1,7 @@
 //! The sensitivity of the embedding and the output matrix: how much the predictions of the model change when one of them alone is
 //! quantized.
 
-use super::sensitivity::{bytes, divergence, logits};
+use super::measure::{bytes, divergence, logits};
 use crate::error::Result;
 use crate::format::{Checkpoint, Tensor, as_in_source};
 use crate::model::layerwise::Layerwise;

@@ -4,6 +4,7 @@ mod allocate;
 mod choose;
 mod head;
 mod importance;
+mod measure;
 mod sensitivity;
 mod spend;
 

@@ -4,6 +4,7 @@ use serde_json::json;
 
 use super::allocate::{Choice, allocate};
 use super::head;
+use super::measure::{bytes, divergence, logits};
 use crate::error::{Error, Result};
 use crate::format::Tensor;
 use crate::quant::block::BlockType;
@@ -204,10 +205,6 @@ fn has_spare_bits(run: &OpenRun<'_>, bits: Option<f64>) -> Result<bool> {
     Ok(sizes.iter().any(|size| bytes(finer, *size) <= left + bytes(own, *size)))
 }
 
-pub(super) fn bytes(block_type: BlockType, weights: usize) -> u64 {
-    (weights / block_type.block_len() * block_type.block_bytes()) as u64
-}
-
 /// A linear layer without override.
 struct LinearLayer {
     name: String,
@@ -251,48 +248,4 @@ fn linear_layers(run: &OpenRun<'_>, index: usize) -> impl Iterator<Item = Linear
         let weights = read_rows(&tensor, 0, rows).ok()?;
         Some(LinearLayer { name: name.to_owned(), weights, rows, columns, grouped })
     })
-}
-
-/// The logits of all windows after the last layer `(tokens, vocabulary)`.
-pub(super) fn logits(calibration: &mut Calibration<'_>, windows: usize) -> Result<Vec<f32>> {
-    let mut all = Vec::new();
-    for window in 0..windows {
-        all.extend(calibration.logits(window)?);
-    }
-    Ok(all)
-}
-
-/// The mean over rows of the Kullback-Leibler divergence between the logits `reference` and `found`, both `(rows, vocabulary)`,
-/// in nats.
-pub(super) fn divergence(reference: &[f32], found: &[f32], vocabulary: usize) -> f64 {
-    let normalizer = |row: &[f32]| {
-        let most = row.iter().fold(f32::NEG_INFINITY, |m, x| m.max(*x));
-        f64::from(most) + row.iter().map(|x| f64::from((x - most).exp())).sum::<f64>().ln()
-    };
-    let rows = reference.chunks(vocabulary).zip(found.chunks(vocabulary));
-    let each = rows.map(|(a, b)| {
-        let (all_a, all_b) = (normalizer(a), normalizer(b));
-        a.iter()
-            .zip(b)
-            .map(|(a, b)| {
-                let (a, b) = (f64::from(*a) - all_a, f64::from(*b) - all_b);
-                a.exp() * (a - b)
-            })
-            .sum::<f64>()
-    });
-    each.sum::<f64>() / (reference.len() / vocabulary).max(1) as f64
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_divergence_is_that_of_the_distributions() {
-        // (1/2, 1/2) against (1/4, 3/4), with constants added to the logits; the second rows are equal.
-        let reference = [0.0, 0.0, 5.0, 1.0];
-        let found = [7.0, 7.0 + 3f32.ln(), -5.0, -9.0];
-        let expected = 0.5 * (0.5f64 / 0.25).ln() + 0.5 * (0.5f64 / 0.75).ln();
-        assert!((divergence(&reference, &found, 2) - expected / 2.0).abs() < 1e-6);
-    }
 }

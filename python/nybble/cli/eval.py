@@ -53,14 +53,18 @@ def evaluate(
 ) -> None:
     """Measure the perplexity of a model on a text and, with --reference, its divergence from another model.
 
-    With --expert-skip and no reference, the model is compared with itself without it. The figures are defined as in
-    llama.cpp's perplexity tool.
+    With --expert-skip and no reference, the model is compared with itself without it.
+
+    The figures are defined as in llama.cpp's perplexity tool.
     """
+    from nybble.models import hub
     from nybble.progress import bar
     from nybble.quantization import evaluation
 
     recorded = None
     if reference is not None or load.expert_skip:
+        # A model that is missing ends the command now, and not after the minutes that the reference takes.
+        hub.resolve(source, filename=load.filename, revision=load.revision)
         # One model in memory at a time: the predictions of the reference go to a temporary file.
         if reference is None:
             compared, other = source, load.replace(quantize=quantize, expert_skip=None)

@@ -142,6 +142,22 @@ def test_eval_prints_a_table_of_80_columns(
         assert name in out
 
 
+def test_eval_refuses_a_missing_model_before_it_reads_the_reference(
+    tiny_file: Path,
+    text_file: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("the reference was loaded")
+
+    monkeypatch.setattr("nybble.cli.eval.load_model", refuse)
+    missing = tmp_path / "missing.gguf"
+    assert main(["eval", str(missing), "--text", str(text_file), "--reference", str(tiny_file)]) == 1
+    assert str(missing) in capsys.readouterr().err
+
+
 def test_every_error_field_belongs_to_a_figure() -> None:
     fields = set(Evaluation.__dataclass_fields__)
     errors = {name for name in fields if name.endswith("_error")}

@@ -11,6 +11,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from importlib import import_module
+from inspect import cleandoc
 from typing import Annotated
 
 import typer
@@ -51,7 +52,13 @@ def _add_commands(arguments: Sequence[str]) -> None:
         module, _, function_name = _COMMANDS[name].rpartition(":")
         function = getattr(import_module(f"nybble.cli.{module or name}"), function_name)
         # The parser sees [MODEL] PROMPT as one list, so the usage line has to name both.
-        app.command(name, options_metavar="[OPTIONS] [MODEL]" if name == "run" else "[OPTIONS]")(function)
+        metavar = "[OPTIONS] [MODEL]" if name == "run" else "[OPTIONS]"
+        app.command(name, help=_unwrapped(function.__doc__ or ""), options_metavar=metavar)(function)
+
+
+def _unwrapped(docstring: str) -> str:
+    """The paragraphs of a docstring, each on one line: the parser keeps the line breaks of all but the first."""
+    return "\n\n".join(" ".join(paragraph.split()) for paragraph in cleandoc(docstring).split("\n\n"))
 
 
 @app.callback(invoke_without_command=True)

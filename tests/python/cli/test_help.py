@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
@@ -76,6 +77,14 @@ def test_help_speaks_of_the_command_line_not_of_python(command: str, help_of: Ca
     options = [line for line in shown.splitlines() if line.startswith("│ --")]
     assert options
     assert not [line for line in options if "<str>" in line or "<int" in line or "<float>" in line]
+
+
+@pytest.mark.parametrize("command", _COMMANDS)
+def test_lines_of_a_description_are_full(command: str, help_of: Callable[[str, int], str]) -> None:
+    description = help_of(command, 80).partition("╭")[0].strip().splitlines()[1:]
+    for line, following in itertools.pairwise(line.strip() for line in description):
+        if line and following:
+            assert len(f" {line} {following.split()[0]} ") > 80, line
 
 
 @pytest.mark.parametrize("command", _COMMANDS)

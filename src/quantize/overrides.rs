@@ -111,7 +111,7 @@ impl TensorFormats {
         let overridden = self.overrides.iter().find(|(pattern, _)| matches(pattern, name) || matches(pattern, stem));
         let (wanted, group) = match overridden {
             // Vectors stay F32.
-            Some((_, block_type)) if dims.len() > 1 => (*block_type, self.group),
+            Some((_, block_type)) if dims.len() > 1 => (*block_type, if is_linear(stem) { self.group } else { 32 }),
             _ if target(name, dims, self.output_type).is_none() => return Stored::Encoded(BlockType::F32),
             _ if is_linear(stem) => (self.format.block_type(), self.group),
             _ => (self.output_type, 32),
@@ -187,8 +187,12 @@ mod tests {
 
     #[test]
     fn every_tensor_is_stored_in_its_type() {
-        let overrides =
-            [("*.0.*", BlockType::Q8_0), ("blk.2.ffn_up.weight", BlockType::IQ4_NL), ("*norm*", BlockType::F16)];
+        let overrides = [
+            ("*.0.*", BlockType::Q8_0),
+            ("blk.2.ffn_up.weight", BlockType::IQ4_NL),
+            ("*norm*", BlockType::F16),
+            ("*.embed_tokens", BlockType::Q5_0),
+        ];
         let formats = TensorFormats {
             format: Format::Q4_0,
             group: 128,
@@ -213,7 +217,7 @@ mod tests {
             ("blk.2.ffn_up.weight", vec![576, 1536], solved(Format::Iq4Nl, 64)),
             ("blk.2.ffn_gate.weight", vec![40, 1536], encoded(BlockType::F16)),
             ("blk.9.nextn.eh_proj.weight", vec![1152, 576], solved(Format::Q4_0, 128)),
-            ("blk.9.nextn.embed_tokens.weight", vec![576, 1000], encoded(BlockType::Q8_0)),
+            ("blk.9.nextn.embed_tokens.weight", vec![576, 1000], solved(Format::Q5_0, 32)),
             ("blk.9.nextn.enorm.weight", vec![576], encoded(BlockType::F32)),
         ] {
             assert_eq!(formats.stored(name, &dims), expected, "{name}");

@@ -7,7 +7,7 @@ import logging
 import shutil
 import struct
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import checkpoints
 import numpy as np
@@ -16,7 +16,7 @@ import pytest
 from checkpoints import copy
 from goldens import GOLDENS, golden
 
-from nybble import Model, ModelError, _native, quantize
+from nybble import Model, ModelError, QuantizeOptions, _native, quantize
 
 LLAMA = GOLDENS / "llama"
 IDS = [int(token) for token in golden("llama", "input_ids")[0]]
@@ -312,6 +312,36 @@ def test_the_bits_per_weight_are_met_or_refused(tmp_path: Path, keep: dict[str, 
             continue
         assert keep is not None
         assert refused.startswith("bits_per_weight")
+
+
+@pytest.mark.parametrize("bits", [None, 5.0, 3.0])
+def test_auto_moves_bits_from_the_output_to_linear_layers(tmp_path: Path, bits: float | None) -> None:
+    options: Any = {"bits_per_weight": bits, "calibration": [text(1, 6000)], "target": 0.9, "threads": 1}
+    found = {
+        output_type: quantize(LLAMA, tmp_path / f"{output_type}.gguf", output_type=output_type, **options)
+        for output_type in (None, "q8_0")
+    }
+    chosen, fixed = found[None], found["q8_0"]
+    types = {tensor.name: tensor.type for tensor in chosen.tensors if not tensor.name.startswith("blk.")}
+    assert set(types) == {"token_embd.weight", "output.weight"}
+    assert set(types.values()) <= {"IQ4_NL", "Q5_0", "Q8_0"}
+    assert {tensor.type for tensor in fixed.tensors if not tensor.name.startswith("blk.")} == {"Q8_0"}
+    # Tensors begin at multiples of 32 bytes.
+    assert chosen.size_bytes <= fixed.size_bytes + 32 * len(chosen.tensors)
+    assert chosen.bits_per_weight >= fixed.bits_per_weight
+    assert (set(types.values()) == {"Q8_0"}) == (chosen.bits_per_weight == fixed.bits_per_weight)
+
+
+def test_only_auto_without_an_output_type_chooses_one() -> None:
+    assert QuantizeOptions().chooses_output
+    assert QuantizeOptions(format="iq4_nl", bits_per_weight=5).chooses_output
+    for options in (
+        {"recipe": "gptq"},
+        {"output_type": "q8_0"},
+        {"format": "iq4_nl"},
+        {"format": "q4_0", "sparsity": 0.5},
+    ):
+        assert not QuantizeOptions(**cast("Any", options)).chooses_output, options
 
 
 # Importance matrices.

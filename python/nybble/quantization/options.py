@@ -115,7 +115,7 @@ class QuantizeOptions:
         default=None,
         metadata={
             **doc(
-                "Block type of the embedding and the output; q8_0 if not given, and with the recipe auto the type with "
+                "Block type of the embedding and the output. If not given, q8_0; the recipe auto chooses the types with "
                 "which a file of the same size loses least."
             ),
             "metavar": "TYPE",

@@ -115,8 +115,8 @@ class QuantizeOptions:
         default=None,
         metadata={
             **doc(
-                "Block type of the embedding and the output. If not given, q8_0; the recipe auto chooses the types with "
-                "which a file of the same size loses least."
+                "Block type of the embedding and the output. If not given, q8_0; the recipe auto chooses the types "
+                "with which a file of the same size loses least."
             ),
             "metavar": "TYPE",
         },

@@ -37,6 +37,7 @@ const UNSAFE_FILES: &[(&str, &str)] = &[
         "src/kernels/neon",
         "enters functions of its instruction set; loads and stores whole registers; executes `sdot` and `fcvtl`",
     ),
+    ("src/kernels/cache", "asks the CPU for its caches; prefetches"),
     ("src/kernels/cpu", "reads the name of the CPU"),
     ("src/kernels/generic/unpack", "runs the intrinsics that instruction sets list for their registers"),
     ("src/kernels/generic/vector", "runs the intrinsics that instruction sets list for their registers"),

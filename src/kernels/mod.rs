@@ -14,6 +14,7 @@ mod avx2;
 mod avx512;
 #[cfg(target_arch = "x86_64")]
 mod avxvnni;
+pub(crate) mod cache;
 pub(crate) mod cpu;
 mod generic;
 mod kv;

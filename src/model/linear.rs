@@ -6,9 +6,12 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::buffer::Buffer;
 use crate::error::{Error, Result};
-use crate::kernels::{Activations, Kernel, MAX_TILE_ROWS};
+use crate::kernels::{Activations, Kernel, MAX_TILE_ROWS, cache};
 use crate::quant::packed::{CacheLine, Code, PANEL, Packed};
-use crate::threads::{Columns, Scope};
+use crate::threads::{Columns, Scope, Span};
+
+/// Rows up to which a product waits for its weights. More rows compute for longer.
+const READING: usize = 4 * MAX_TILE_ROWS;
 
 /// Weights that are multiplied with the same input, such as query, key and value, side by side in one output row.
 #[derive(Debug)]
@@ -278,6 +281,9 @@ impl Linear {
         let step = (self.width / PANEL).div_ceil(threads * 4).next_multiple_of(2) * PANEL;
         let mut all = Columns::whole(out, rows, self.width);
         if scope.nodes() == 1 {
+            if rows <= READING {
+                scope.reads(self.width.div_ceil(step), |item| self.codes_at(item * step), cache::prefetch);
+            }
             scope.for_each_columns(&mut all, step, |range, out| self.columns_of(kernel, x, range, out));
             return;
         }
@@ -294,6 +300,14 @@ impl Linear {
         let rows = x.values.len() / self.columns();
         out.resize(rows * self.width);
         self.columns_of(kernel, x, 0..self.width, &mut Columns::whole(out, rows, self.width));
+    }
+
+    /// The packed weights of output column `column` and those after it, of the same part.
+    fn codes_at(&self, column: usize) -> Span {
+        let part = self.starts.partition_point(|start| *start <= column) - 1;
+        let codes = self.parts[part].codes_from((column - self.starts[part]) / PANEL);
+        // Half of the cache, since other data should stay there.
+        Span { address: codes.as_ptr().addr(), bytes: size_of_val(codes).min(cache::second_level_bytes() / 2) }
     }
 
     /// Computes the columns of `range`, whole panels.

@@ -258,12 +258,16 @@ impl Packed {
         }
     }
 
-    /// The codes of panels `index..`, `(panels, blocks, lines_per_block)`, for prefetching.
+    /// The codes of panels `index..`, for prefetching: `(panels, blocks, lines_per_block)`, or what [`sparse_lines`](Self::sparse_lines)
+    /// returns for all their chunks.
     ///
     /// # Panics
     /// If `index > self.panels()`.
     #[inline]
     pub fn codes_from(&self, index: usize) -> &[CacheLine] {
+        if self.is_sparse() {
+            return self.sparse_lines_from(index);
+        }
         &self.memory[index * self.panel_lines()..self.code_lines()]
     }
 

@@ -14,10 +14,14 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
+pub(crate) use self::activity::Computing;
+use self::activity::Watch;
 use super::aligned_buf::{AlignedBuf, CacheLine};
 use super::huge_pages::{ARE_SLOW, Advice, HUGE_LINES, HUGE_PAGE, Piece, Region, are_wanted};
 use super::memory;
 use crate::error::{Error, Result};
+
+mod activity;
 
 /// Models with fewer bytes of weights lie in maps of their own, since a page that is partly used is in memory as a whole.
 const SMALLEST_MODEL: usize = 16 << 20;
@@ -258,10 +262,10 @@ impl Drop for Arena {
     }
 }
 
-/// Moves pages to huge ones as long as anything uses their maps, in an eighth of a thread's time: while a page moves, what
-/// reads it waits.
+/// Moves pages to huge ones as long as anything uses their maps: in a sixteenth of a thread's time while the process computes, since what
+/// reads a page that moves waits, and otherwise as fast as it can.
 fn collapse(ordinary: Vec<(Weak<Region>, Range<usize>)>) {
-    let mut failures = 0;
+    let (mut failures, mut watch) = (0, Watch::new());
     for (region, pages) in ordinary {
         for page in pages {
             let start = Instant::now();
@@ -271,7 +275,9 @@ fn collapse(ordinary: Vec<(Weak<Region>, Range<usize>)>) {
                 return;
             }
             drop(region);
-            std::thread::sleep(7 * start.elapsed());
+            if !watch.is_idle() {
+                std::thread::sleep(15 * start.elapsed());
+            }
         }
     }
 }

@@ -9,6 +9,9 @@ use std::time::{Duration, Instant};
 
 use crate::error::{Error, Result};
 
+#[cfg(any(target_os = "linux", test))]
+mod limits;
+
 /// Smaller allocations are not checked. Larger ones for weights and the KV cache are always mapped from the system.
 pub(super) const SMALLEST_CHECKED: usize = 64 << 10;
 /// The size from which the allocator maps memory. Smaller blocks may come from memory that was freed before.
@@ -59,7 +62,7 @@ pub(crate) fn check_allocation(purpose: &'static str, bytes: usize) -> Result<()
 /// its cgroup and that group's ancestors, or its job on Windows. `None` where the system does not say.
 pub(crate) fn available() -> Option<usize> {
     #[cfg(target_os = "linux")]
-    return super::limits::available(std::path::Path::new("/"));
+    return limits::available(std::path::Path::new("/"));
     #[cfg(target_os = "macos")]
     return super::macos::available();
     #[cfg(windows)]
@@ -92,7 +95,7 @@ pub(crate) fn peak_resident() -> Option<usize> {
 /// Bytes that the process's cgroups have left, swap included.
 fn cgroup_left() -> usize {
     #[cfg(target_os = "linux")]
-    if let Some(left) = super::limits::cgroup_left(std::path::Path::new("/")) {
+    if let Some(left) = limits::cgroup_left(std::path::Path::new("/")) {
         return left;
     }
     usize::MAX

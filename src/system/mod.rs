@@ -12,8 +12,6 @@ pub(crate) mod cgroup;
 #[cfg(any(all(windows, target_env = "gnu"), test))]
 mod fused;
 mod huge_pages;
-#[cfg(any(target_os = "linux", test))]
-mod limits;
 #[cfg(target_os = "macos")]
 pub(crate) mod macos;
 pub(crate) mod memory;

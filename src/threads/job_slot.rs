@@ -8,15 +8,16 @@
 //! help():   while unclaimed > 0 { unclaimed -= 1, atomically; run that index; done += 1 }; unfinished -= done
 //! ```
 //!
-//! On a machine with several NUMA nodes, each has its own `unclaimed`, for its share of the indices. A thread claims those of
-//! its node first, and then those that other nodes have left.
+//! Each thread has its own `unclaimed`, for its share of the indices. A thread claims those of its share first, and then those that
+//! other threads have left, of its NUMA node first. So a thread mostly reads the same part of a matrix for every token, and while it
+//! waits, it can prefetch what it will read next.
 //!
 //! **Why it is sound.** `job` points to the leader's stack. A thread reads it only after it has claimed an index, and
 //! reports that index as finished only after its last use of the job. A claimed, unfinished index keeps `unfinished` above
 //! zero, so the leader is still waiting, its stack frame is alive and the slot still holds the same job. It does not
 //! matter how long a thread slept before its claim, or from which job its last look at `unclaimed` dates: a claim that
 //! succeeds is a claim of the job in the slot. Each success lowers `unclaimed` by one, so no index is given out twice.
-//! `unfinished` counts all indices before the first node's `unclaimed` is set, so the same holds while the others are still
+//! `unfinished` counts all indices before the first `unclaimed` is set, so the same holds while the others are still
 //! to be set.
 //!
 //! **Memory orderings.** The leader's `Release` store of each `unclaimed` and the `Acquire` claims (all of them, since
@@ -29,8 +30,18 @@ use std::any::Any;
 use std::hint::spin_loop;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicUsize, Ordering, fence};
-use std::sync::{Condvar, Mutex, PoisonError};
+use std::sync::{Condvar, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
+
+use super::lookahead::Span;
+
+/// How long a thread yields to others before it sleeps. A thread that sleeps takes so long to wake, in virtual machines most of all, that
+/// a few of them cost a stage more than its work. Others that are ready run at once while it yields.
+const YIELD_TIME: Duration = Duration::from_millis(1);
+/// Bytes of a cache line.
+const LINE: usize = 64;
+/// Lines that a thread prefetches between two looks at what it waits for.
+const LINES: usize = 4;
 
 /// A closure, its type erased so that one slot serves all, and its number of indices.
 struct Job {
@@ -57,12 +68,16 @@ impl Job {
 #[repr(align(128))]
 struct OwnLine<T>(T);
 
-/// The indices of one NUMA node.
+/// What belongs to one thread.
+#[derive(Default)]
 struct Share {
-    /// Those of the current job that no thread has claimed.
-    unclaimed: OwnLine<AtomicUsize>,
-    /// The threads of this node and those before it: the share ends at this part of the indices.
-    threads: usize,
+    /// Indices of the current job that no thread has claimed.
+    unclaimed: AtomicUsize,
+    /// What the thread is expected to read in the next stage and has not prefetched.
+    next: AtomicUsize,
+    next_bytes: AtomicUsize,
+    /// The NUMA node of the thread.
+    node: usize,
 }
 
 /// An index that a thread has claimed.
@@ -75,8 +90,10 @@ struct Claim {
 
 /// The slot into which the leader puts jobs and from which workers take them. One leader at a time, any number of workers.
 pub(super) struct JobSlot {
-    /// One for each NUMA node.
-    shares: Box<[Share]>,
+    /// One for each thread, by node. The leader's is the first.
+    shares: Box<[OwnLine<Share>]>,
+    /// How a line is prefetched. Only the kernels know the instruction.
+    prefetch_line: OnceLock<fn(usize)>,
     /// Indices of the current job that are not reported as finished.
     unfinished: OwnLine<AtomicUsize>,
     /// The current job. The module documentation says when it may be read.
@@ -92,15 +109,12 @@ pub(super) struct JobSlot {
 }
 
 impl JobSlot {
-    /// An empty slot for nodes with these numbers of threads. Threads that wait for each other spin for `spin_time` before they
-    /// sleep.
-    pub(super) fn new(threads: impl Iterator<Item = usize>, spin_time: Duration) -> Self {
-        let up_to = threads.scan(0, |sum, threads| {
-            *sum += threads;
-            Some(*sum)
-        });
+    /// An empty slot for threads on these nodes, in ascending order. Threads that wait for each other spin for `spin_time` before they
+    /// yield and sleep. If it is zero, they sleep at once.
+    pub(super) fn new(nodes: impl IntoIterator<Item = usize>, spin_time: Duration) -> Self {
         JobSlot {
-            shares: up_to.map(|threads| Share { unclaimed: OwnLine::default(), threads }).collect(),
+            shares: nodes.into_iter().map(|node| OwnLine(Share { node, ..Share::default() })).collect(),
+            prefetch_line: OnceLock::new(),
             unfinished: OwnLine(AtomicUsize::new(0)),
             job: AtomicPtr::new(std::ptr::null_mut()),
             closed: AtomicBool::new(false),
@@ -113,7 +127,35 @@ impl JobSlot {
 
     /// The number of nodes.
     pub(super) fn nodes(&self) -> usize {
-        self.shares.len()
+        self.shares.last().map_or(1, |last| last.0.node + 1)
+    }
+
+    /// Sets what each thread prefetches while it waits, line by line with `prefetch_line`, which is given an address.
+    pub(super) fn expect(&self, spans: &[Span], prefetch_line: fn(usize)) {
+        self.prefetch_line.get_or_init(|| prefetch_line);
+        for (share, span) in self.shares.iter().zip(spans) {
+            share.0.next.store(span.address, Ordering::Relaxed);
+            share.0.next_bytes.store(span.bytes, Ordering::Relaxed);
+        }
+    }
+
+    /// Prefetches some of what the thread with this share is expected to read next. Returns whether it did.
+    pub(super) fn prefetch(&self, share: usize) -> bool {
+        // If the leader sets others meanwhile, lines that nobody needs may be prefetched.
+        let Share { next, next_bytes, .. } = &self.shares[share].0;
+        let (address, left) = (next.load(Ordering::Relaxed), next_bytes.load(Ordering::Relaxed));
+        let (Some(prefetch_line), true) = (self.prefetch_line.get(), left > 0) else { return false };
+        (0..LINES).for_each(|line| prefetch_line(address.wrapping_add(line * LINE)));
+        next.store(address.wrapping_add(LINES * LINE), Ordering::Relaxed);
+        next_bytes.store(left.saturating_sub(LINES * LINE), Ordering::Relaxed);
+        true
+    }
+
+    /// What each thread reads in a stage of `count` items that read what `of` says.
+    pub(super) fn spans(&self, count: usize, of: impl Fn(usize) -> Span) -> Box<[Span]> {
+        let first = |share: usize| share.checked_sub(1).map_or(0, |before| self.end(before, count));
+        let has_any = |share: usize| first(share) < self.end(share, count);
+        (0..self.shares.len()).map(|share| if has_any(share) { of(first(share)) } else { Span::default() }).collect()
     }
 
     /// Makes the workers exit.
@@ -122,13 +164,15 @@ impl JobSlot {
         self.workers.wake();
     }
 
-    /// What a worker thread of this node runs: takes part in all jobs until the slot is closed. Never panics.
-    pub(super) fn work(&self, node: usize) {
-        let is_left = |share: &Share| share.unclaimed.0.load(Ordering::Relaxed) > 0;
+    /// What the worker thread with this share runs: takes part in all jobs until the slot is closed. Never panics.
+    pub(super) fn work(&self, share: usize) {
+        let is_left = |share: &OwnLine<Share>| share.0.unclaimed.load(Ordering::Relaxed) > 0;
+        // Most often the thread's own share has the first index that it finds.
+        let due =
+            || is_left(&self.shares[share]) || self.shares.iter().any(is_left) || self.closed.load(Ordering::Relaxed);
         while !self.closed.load(Ordering::Acquire) {
-            self.help(node);
-            self.workers
-                .wait(self.spin_time, || self.shares.iter().any(is_left) || self.closed.load(Ordering::Relaxed));
+            self.help(share);
+            self.workers.wait(self.spin_time, || self.prefetch(share), due);
         }
     }
 
@@ -149,33 +193,35 @@ impl JobSlot {
         let mut first = 0;
         for share in 0..self.shares.len() {
             let end = self.end(share, count);
-            self.shares[share].unclaimed.0.store(end - first, Ordering::Release);
+            self.shares[share].0.unclaimed.store(end - first, Ordering::Release);
             first = end;
         }
         self.workers.wake();
-        self.help(node);
+        self.help(self.shares.iter().position(|share| share.0.node == node).unwrap_or(0));
         let finished = || self.unfinished.0.load(Ordering::Acquire) == 0;
         while !finished() {
-            self.leader.wait(self.spin_time, finished);
+            self.leader.wait(self.spin_time, || self.prefetch(0), finished);
         }
         if let Some(panic) = self.panic.lock().unwrap_or_else(PoisonError::into_inner).take() {
             resume_unwind(panic);
         }
     }
 
-    /// The end of a share of `count` indices: in proportion to the threads, so that the same part of any range always belongs to
-    /// the same node.
+    /// The end of a share of `count` indices. They are equal, so that the same part of any range always belongs to the same thread.
     fn end(&self, share: usize, count: usize) -> usize {
-        let (all, threads) = (self.shares.last().map_or(1, |last| last.threads), self.shares[share].threads);
-        count / all * threads + count % all * threads / all
+        let threads = self.shares.len();
+        count / threads * (share + 1) + count % threads * (share + 1) / threads
     }
 
-    /// Claims one index of the current job, of this share if any is left.
+    /// Claims one index of the current job: of this share if any is left, then of those of its node, then of any.
     fn claim(&self, share: usize) -> Option<Claim> {
         let one = |left: usize| left.checked_sub(1);
-        (share..self.shares.len()).chain(0..share).find_map(|share| {
-            let unclaimed = &self.shares[share].unclaimed.0;
-            let left = unclaimed.fetch_update(Ordering::Acquire, Ordering::Relaxed, one).ok()?;
+        let node = self.shares[share].0.node;
+        let others = || (share + 1..self.shares.len()).chain(0..share);
+        let near = others().filter(|other| self.shares[*other].0.node == node);
+        let far = others().filter(|other| self.shares[*other].0.node != node);
+        std::iter::once(share).chain(near).chain(far).find_map(|share| {
+            let left = self.shares[share].0.unclaimed.fetch_update(Ordering::Acquire, Ordering::Relaxed, one).ok()?;
             Some(Claim { share, left })
         })
     }
@@ -197,7 +243,7 @@ impl JobSlot {
                     self.keep(panic);
                 }
                 done += 1;
-                match self.claim(claim.share) {
+                match self.claim(share) {
                     Some(next) => claim = next,
                     None => break,
                 }
@@ -229,19 +275,30 @@ struct Waker {
 }
 
 impl Waker {
-    /// Waits until `due()`, spinning for `spin_time` and then sleeping. May return early: callers check again.
-    fn wait(&self, spin_time: Duration, due: impl Fn() -> bool) {
+    /// Waits until `due()`: does `idly` while that says that it has more to do, spins for `spin_time`, yields, and then sleeps. If
+    /// `spin_time` is zero, it sleeps at once. May return early: callers check again.
+    fn wait(&self, spin_time: Duration, idly: impl Fn() -> bool, due: impl Fn() -> bool) {
         if due() {
             return;
         }
         if !spin_time.is_zero() {
+            while idly() {
+                if due() {
+                    return;
+                }
+            }
             let start = Instant::now();
-            while start.elapsed() < spin_time {
+            loop {
                 for _ in 0..16 {
                     spin_loop();
                     if due() {
                         return;
                     }
+                }
+                match start.elapsed() {
+                    waited if waited < spin_time => {}
+                    waited if waited < spin_time + YIELD_TIME => std::thread::yield_now(),
+                    _ => break,
                 }
             }
         }

@@ -25,11 +25,13 @@
 mod columns;
 mod count;
 mod job_slot;
+mod lookahead;
 mod nodes;
 mod per_process;
 mod pool;
 
 pub use columns::Columns;
 pub use count::{MAX_THREADS, default_threads, resolve_threads};
+pub(crate) use lookahead::Span;
 pub(crate) use per_process::PerProcess;
 pub use pool::{Scope, ThreadPool};

@@ -52,11 +52,6 @@ impl Nodes {
         Nodes { cpus }
     }
 
-    /// The number of nodes, at least 1.
-    pub(super) fn count(&self) -> usize {
-        self.cpus.len().max(1)
-    }
-
     /// The node of each of `threads` threads, in ascending order: in proportion to the CPUs.
     pub(super) fn of_threads(&self, threads: usize) -> Vec<usize> {
         let all: usize = self.cpus.iter().map(BTreeSet::len).sum();

@@ -1,7 +1,6 @@
 //! The thread pool: one leader, its workers, and the stages that they run together.
 
-use std::cell::Cell;
-use std::marker::PhantomData;
+use std::cell::{Cell, RefCell};
 use std::ops::Range;
 use std::panic::{RefUnwindSafe, UnwindSafe};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
@@ -11,7 +10,9 @@ use std::time::Duration;
 use super::columns::{Base, Columns};
 use super::count::{available_cpus, check};
 use super::job_slot::JobSlot;
+use super::lookahead::{Lookahead, Span};
 use super::nodes::Nodes;
+use crate::system::arena::Computing;
 use crate::{Error, Result};
 
 /// How long a thread spins before it sleeps. Waking a thread costs about as much time, so a longer spin can at best halve
@@ -70,13 +71,15 @@ impl ThreadPool {
     /// `run` in the process `pid`, which tests choose.
     fn run_as<R>(&self, pid: u32, lead: impl FnOnce(&Scope<'_>) -> R) -> R {
         let Some(_inside) = Inside::enter() else { return lead(&Scope::alone()) };
+        let _computing = Computing::begin();
         let workers = self.workers.of_process(pid, &self.nodes, self.threads);
         if workers.threads.is_empty() {
             return lead(&Scope::alone());
         }
         // One leader at a time. A leader that panicked has left no job in the slot.
-        let _leading = workers.leading.lock().unwrap_or_else(PoisonError::into_inner);
-        lead(&Scope { slot: Some((&workers.slot, self.nodes.current())), leader_only: PhantomData })
+        let lookahead = workers.leading.lock().unwrap_or_else(PoisonError::into_inner);
+        lookahead.borrow_mut().begin();
+        lead(&Scope { slot: Some((&workers.slot, self.nodes.current())), lookahead: Some(&lookahead) })
     }
 }
 
@@ -105,7 +108,7 @@ impl Drop for Inside {
 struct Workers {
     pid: u32,
     /// Held by the leader. A fork may copy it locked, without the thread that would unlock it.
-    leading: Mutex<()>,
+    leading: Mutex<RefCell<Lookahead>>,
     /// One less than the threads of the pool.
     threads: Vec<JoinHandle<()>>,
     slot: Arc<JobSlot>,
@@ -122,7 +125,7 @@ impl Workers {
             let work = move || {
                 let _inside = Inside::enter();
                 nodes.pin(node);
-                slot.work(node);
+                slot.work(i);
             };
             let worker = Builder::new().name(format!("nybble-{i}")).spawn(work).map_err(|e| {
                 Error::argument("threads", threads, format!("a number that the system can start ({e})"))
@@ -136,13 +139,11 @@ impl Workers {
     fn none(nodes: &Nodes, threads: usize, pid: u32) -> Self {
         // With more threads than CPUs, a spinning thread keeps those that it waits for from running.
         let spin_time = if threads <= available_cpus() { SPIN_TIME } else { Duration::ZERO };
-        let of_threads = nodes.of_threads(threads);
-        let of_nodes = (0..nodes.count()).map(|node| of_threads.iter().filter(|of| **of == node).count());
         Workers {
             pid,
-            leading: Mutex::new(()),
+            leading: Mutex::default(),
             threads: Vec::new(),
-            slot: Arc::new(JobSlot::new(of_nodes, spin_time)),
+            slot: Arc::new(JobSlot::new(nodes.of_threads(threads), spin_time)),
             after_fork: OnceLock::new(),
         }
     }
@@ -191,18 +192,26 @@ impl std::fmt::Debug for Workers {
 pub struct Scope<'a> {
     /// The slot, and the NUMA node of the leader. `None` for a leader without workers.
     slot: Option<(&'a JobSlot, usize)>,
-    /// Not `Sync`, so that no item can capture the scope and start a stage within a stage.
-    leader_only: PhantomData<Cell<()>>,
+    /// What stages read. Not `Sync`, so that no item can capture the scope and start a stage within a stage.
+    lookahead: Option<&'a RefCell<Lookahead>>,
 }
 
 impl Scope<'_> {
     fn alone() -> Self {
-        Scope { slot: None, leader_only: PhantomData }
+        Scope { slot: None, lookahead: None }
     }
 
     /// The number of NUMA nodes with threads of the pool. Each computes the same part of every range of items.
     pub(crate) fn nodes(&self) -> usize {
         self.slot.map_or(1, |(slot, _)| slot.nodes())
+    }
+
+    /// Tells what the next stage reads, in `count` items: item `i` begins with `of(i)`. Threads that wait then prefetch what they are
+    /// expected to read in the stage after it, line by line with `prefetch_line`, which is given an address.
+    pub(crate) fn reads(&self, count: usize, of: impl Fn(usize) -> Span, prefetch_line: fn(usize)) {
+        if let (Some((slot, _)), Some(lookahead), true) = (self.slot, self.lookahead, count > 0) {
+            slot.expect(lookahead.borrow_mut().note(count, of(0), || slot.spans(count, of)), prefetch_line);
+        }
     }
 
     /// Runs `item(i)` exactly once for each `i` of `0..count`.
@@ -322,7 +331,7 @@ mod tests {
 
     #[test]
     fn a_thread_takes_items_of_its_node_first() {
-        let slot = JobSlot::new([1, 1].into_iter(), SPIN_TIME);
+        let slot = JobSlot::new([0, 1], SPIN_TIME);
         let leader = thread::current().id();
         let strays = AtomicUsize::new(0);
         thread::scope(|scope| {
@@ -343,6 +352,49 @@ mod tests {
         });
         // Not in the item: a panic would leave the worker waiting for ever.
         assert_eq!(strays.into_inner(), 0);
+    }
+
+    #[test]
+    fn a_thread_that_waits_prefetches_its_part_of_the_next_stage() {
+        static SUM: AtomicUsize = AtomicUsize::new(0);
+        let prefetch_line: fn(usize) = |address| {
+            SUM.fetch_add(address, Ordering::Relaxed);
+        };
+        let slot = JobSlot::new([0, 0, 0], SPIN_TIME);
+        let span = |item: usize| Span { address: 1000 * item, bytes: 600 };
+        // Items 0, 1 and 2, 3 and 4.
+        let spans = slot.spans(5, span);
+        assert_eq!(spans.iter().map(|span| span.address).collect::<Vec<_>>(), [0, 1000, 3000]);
+        slot.expect(&spans, prefetch_line);
+        for share in 0..3 {
+            assert_eq!((0..10).filter(|_| slot.prefetch(share)).count(), 3, "256 bytes at a time");
+        }
+        // A single item belongs to one thread.
+        let alone = slot.spans(1, span);
+        assert_eq!(alone.iter().filter(|span| span.bytes > 0).count(), 1);
+        // Every line once.
+        assert_eq!(SUM.load(Ordering::Relaxed), (0..12).map(|line| 3 * 64 * line + 4000).sum::<usize>());
+    }
+
+    #[test]
+    fn stages_may_read_anything_while_threads_wait() {
+        let pool = ThreadPool::new(2).unwrap();
+        for run in 0..100 {
+            pool.run(|scope| {
+                for stage in 0..3 {
+                    scope.reads(
+                        4,
+                        |item| Span { address: usize::MAX - 100 * (item + stage + run % 5), bytes: 1 << 20 },
+                        |_| (),
+                    );
+                    let sum = AtomicUsize::new(0);
+                    scope.for_each(4, |item| {
+                        sum.fetch_add(item, Ordering::Relaxed);
+                    });
+                    assert_eq!(sum.into_inner(), 6);
+                }
+            });
+        }
     }
 
     /// The threads on which two items run that wait for each other.

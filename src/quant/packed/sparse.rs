@@ -84,6 +84,18 @@ impl Packed {
         &self.memory[masks + start..masks + end]
     }
 
+    /// The codes of panels `panel..`, in whole lines.
+    ///
+    /// # Panics
+    /// If `panel > self.panels()`.
+    pub(super) fn sparse_lines_from(&self, panel: usize) -> &[CacheLine] {
+        assert!(panel <= self.panels(), "panel {panel} of {}", self.panels());
+        let masks = self.panels() * self.blocks();
+        let codes = &self.memory[masks..self.code_lines()];
+        let start = self.starts.get(panel * self.blocks().div_ceil(CHUNK));
+        &codes[start.map_or(codes.len(), |start| start / size_of::<CacheLine>())..]
+    }
+
     /// The same matrix without its zeros, if that saves a tenth of its bytes. Only matrices of [`Code::Int4`] without minimums have such a
     /// form.
     ///
@@ -268,6 +280,24 @@ pub fn chunk_of<'a>(
 mod tests {
     use super::*;
     use crate::threads::ThreadPool;
+
+    #[test]
+    fn lines_from_a_panel_on_are_those_of_its_chunks_and_of_all_later_ones() {
+        let columns = (CHUNK + 3) * BLOCK;
+        let mut dense = Packed::zeroed(40, columns, Layout { code: Code::Int4, group: 32, min: false }, 1.0);
+        for (p, mut panel) in dense.panels_mut().into_iter().enumerate() {
+            for (lane, block) in (0..PANEL).flat_map(|lane| (0..columns / BLOCK).map(move |block| (lane, block))) {
+                let code = |i: usize| if (i + p * lane).is_multiple_of(4) { 3 } else { 8 };
+                panel.set_codes(Code::Int4, lane, block, &std::array::from_fn(code));
+            }
+        }
+        let sparse = ThreadPool::new(1).unwrap().run(|scope| dense.try_sparse(scope)).unwrap().unwrap();
+        for panel in 0..=sparse.panels() {
+            let chunks = (panel..sparse.panels())
+                .flat_map(|panel| [sparse.sparse_lines(panel, 0), sparse.sparse_lines(panel, 1)]);
+            assert_eq!(sparse.codes_from(panel), chunks.collect::<Vec<_>>().concat(), "panel {panel}");
+        }
+    }
 
     #[test]
     fn the_wide_form_is_that_of_the_dense_matrix() {

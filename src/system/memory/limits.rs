@@ -5,7 +5,7 @@
 use std::fs::read_to_string;
 use std::path::Path;
 
-use super::cgroup::Version;
+use crate::system::cgroup::Version;
 
 /// Memory that the machine and the process's cgroups have left, in bytes, without swap. `None` where nothing is known.
 pub(super) fn available(root: &Path) -> Option<usize> {

@@ -1,0 +1,90 @@
+//! What the next stages will read, so that threads that wait can prefetch it.
+//!
+//! A token takes the same matrices in the same order as the token before it. So a pool remembers what each stage of a run has read,
+//! and expects the same of the next run. Where it is wrong, as with other experts, some prefetches are in vain.
+
+/// Memory that a thread reads.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct Span {
+    /// The address of the first byte.
+    pub(crate) address: usize,
+    pub(crate) bytes: usize,
+}
+
+/// What the stages of a run read, in order.
+#[derive(Debug, Default)]
+pub(super) struct Lookahead {
+    stages: Vec<Stage>,
+    /// Stages of this run so far.
+    done: usize,
+}
+
+/// What a stage reads.
+#[derive(Debug)]
+struct Stage {
+    /// The number of items.
+    count: usize,
+    /// What the first item reads.
+    first: Span,
+    /// What each thread reads.
+    threads: Box<[Span]>,
+}
+
+impl Lookahead {
+    /// Stages of a run that are remembered.
+    const MOST: usize = 4096;
+
+    /// Begins a run.
+    pub(super) fn begin(&mut self) {
+        self.done = 0;
+    }
+
+    /// Takes note of what the next stage reads: `count` items, the first of them `first`, and each thread what `threads` makes.
+    /// Returns what each thread is expected to read in the stage after it. After the last stage, that is the first one of the next run.
+    pub(super) fn note(&mut self, count: usize, first: Span, threads: impl FnOnce() -> Box<[Span]>) -> &[Span] {
+        if self.done == Self::MOST {
+            return &[];
+        }
+        match self.stages.get_mut(self.done) {
+            Some(stage) if (stage.count, stage.first) == (count, first) => {}
+            Some(stage) => *stage = Stage { count, first, threads: threads() },
+            None => self.stages.push(Stage { count, first, threads: threads() }),
+        }
+        self.done += 1;
+        self.stages.get(self.done).or(self.stages.first()).map_or(&[], |stage| &stage.threads)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn note(lookahead: &mut Lookahead, address: usize) -> Option<usize> {
+        let span = Span { address, bytes: 64 };
+        lookahead.note(2, span, || [span].into()).first().map(|span| span.address)
+    }
+
+    #[test]
+    fn a_run_is_expected_to_read_what_the_run_before_it_read() {
+        let mut lookahead = Lookahead::default();
+        let mut run = |addresses: &[usize]| {
+            lookahead.begin();
+            addresses.iter().map(|address| note(&mut lookahead, *address).unwrap()).collect::<Vec<_>>()
+        };
+        run(&[1, 2, 3]);
+        assert_eq!(run(&[1, 2, 3]), [2, 3, 1]);
+        // Another run, which has fewer stages, is learned.
+        run(&[7, 8]);
+        assert_eq!(run(&[7, 8]), [8, 3]);
+    }
+
+    #[test]
+    fn what_is_remembered_has_a_limit() {
+        let mut lookahead = Lookahead::default();
+        for _ in 0..2 {
+            lookahead.begin();
+            let expected = (0..2 * Lookahead::MOST).filter(|address| note(&mut lookahead, *address).is_some()).count();
+            assert_eq!((expected, lookahead.stages.len()), (Lookahead::MOST, Lookahead::MOST));
+        }
+    }
+}

@@ -11,7 +11,7 @@ static BEGUN: AtomicUsize = AtomicUsize::new(0);
 /// Computations that have ended.
 static ENDED: AtomicUsize = AtomicUsize::new(0);
 
-/// A computation that is going on until this is dropped.
+/// A computation. It ends when this is dropped.
 #[derive(Debug)]
 pub(crate) struct Computing(());
 

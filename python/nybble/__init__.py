@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from nybble.quantization.evaluation import Documents, Evaluation, Reference, evaluate
     from nybble.quantization.options import QuantizeOptions, QuantizeOverrides
     from nybble.quantization.report import Report
-    from nybble.quantization.report_data import Candidate, Pruning, TensorReport
+    from nybble.quantization.report_data import Candidate, Pruning, TaskScore, TensorReport
     from nybble.quantization.spec import Format, Recipe, SparsityPattern
     from nybble.sampling import SamplingOptions, SamplingOverrides
     from nybble.session import Session
@@ -79,6 +79,7 @@ __all__ = [
     "Session",
     "SparsityPattern",
     "StageProgress",
+    "TaskScore",
     "TensorReport",
     "TextStream",
     "Timings",
@@ -108,7 +109,7 @@ _MODULES = {
     "quantization.evaluation": ("Documents", "Evaluation", "Reference", "evaluate"),
     "quantization.options": ("QuantizeOptions", "QuantizeOverrides"),
     "quantization.report": ("Report",),
-    "quantization.report_data": ("Candidate", "Pruning", "TensorReport"),
+    "quantization.report_data": ("Candidate", "Pruning", "TaskScore", "TensorReport"),
     "quantization.spec": ("Format", "Recipe", "SparsityPattern"),
     "sampling": ("SamplingOptions", "SamplingOverrides"),
     "session": ("Session",),

@@ -76,6 +76,22 @@ def quantize(
             "--report", help="Measure, and write an HTML page with plots and a JSON file.", metavar="FILE.html"
         ),
     ] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            "--tasks",
+            help="Compare the file with the source in these tasks of lm-evaluation-harness, with commas between.",
+            metavar="NAMES",
+        ),
+    ] = None,
+    task_folder: Annotated[
+        Path | None,
+        typer.Option("--task-folder", help="A folder with tasks of your own: YAML files.", metavar="FOLDER"),
+    ] = None,
+    task_limit: Annotated[
+        int | None,
+        typer.Option("--task-limit", help="Use only the first documents of each task.", min=1, metavar="N"),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as one JSON object.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Overwrite OUT.gguf and the report if they exist.")] = False,
 ) -> None:
@@ -83,6 +99,7 @@ def quantize(
 
     After an interruption, the same command continues the run.
     """
+    from nybble.integrations.tasks import Tasks
     from nybble.quantization import api
 
     terminal.show_log()
@@ -103,8 +120,11 @@ def quantize(
         target=None if target is None else _share(target),
         force=force,
     )
+    if tasks is None and (task_folder or task_limit):
+        raise typer.BadParameter("--task-folder and --task-limit: found without --tasks, expected with it only")
     with _hint():
-        done = api.quantize_and_report(source, out, chosen, pages)
+        finish = None if tasks is None else Tasks(tasks.split(","), task_folder, task_limit, chosen.threads).compare
+        done = api.quantize_and_report(source, out, chosen, pages, finish=finish)
     for page in pages:
         done.save(page)
     if as_json:

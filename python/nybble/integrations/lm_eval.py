@@ -8,7 +8,9 @@ lm-evaluation-harness with this model:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import contextlib
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from nybble.generation.scoring import logprob_rows
@@ -153,6 +155,9 @@ class NybbleLM(_Base):
 
     _chosen_template: str | None = None
 
+    report: Callable[[int, int], object] | None = None
+    """Called with the number of requests of a kind that are done, and their total, instead of a bar of tqdm."""
+
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """Writes a conversation as a prompt. Without a generation prompt, the last message is continued."""
         template = self._chosen_template
@@ -220,7 +225,7 @@ class NybbleLM(_Base):
         groups: dict[str, list[int]] = {}
         for index, request in enumerate(requests):
             groups.setdefault(repr(request.args[1]), []).append(index)
-        with tqdm(total=len(requests), desc="generate_until", disable=disable_tqdm) as bar:
+        with self._bar(len(requests), "generate_until", disable_tqdm) as update:
             for members in groups.values():
                 options = self._options(requests[members[0]].args[1])
                 for start in range(0, len(members), _BATCH):
@@ -229,7 +234,7 @@ class NybbleLM(_Base):
                     for index, completion in zip(batch, self.model.generate(prompts, options), strict=True):
                         found[index] = completion.text
                         self.cache_hook.add_partial("generate_until", requests[index].args, completion.text)
-                        bar.update()
+                        update()
         return [found[index] for index in range(len(requests))]
 
     def _options(self, given: Mapping[str, Any]) -> SamplingOptions:
@@ -258,9 +263,42 @@ class NybbleLM(_Base):
         ids = self.tok_encode(context) or [self.prefix_token_id]
         return ids[-(self.max_length - (options.max_tokens or 0)) :]
 
-    @staticmethod
-    def _progress(items: Any, name: str, disabled: bool) -> Iterator[Any]:
-        return iter(tqdm(items, desc=name, disable=disabled))
+    def _progress(self, items: Any, name: str, disabled: bool) -> Iterator[Any]:
+        with self._bar(len(items), name, disabled) as update:
+            for item in items:
+                yield item
+                update()
+
+    @contextlib.contextmanager
+    def _bar(self, total: int, name: str, disabled: bool) -> Iterator[Callable[[], object]]:
+        """Shows a bar, or calls `report`, while requests are computed. What it returns is to be called after each."""
+        if self.report is None or disabled:
+            with tqdm(total=total, desc=name, disable=disabled) as bar:
+                yield bar.update
+            return
+        report, done = self.report, itertools.count(1)
+        report(0, total)
+        yield lambda: report(next(done), total)
+
+
+def evaluate(
+    lm: NybbleLM, tasks: Sequence[str], manager: Any, *, limit: int | None = None, bootstrap: int = 100
+) -> Mapping[str, Any]:
+    """Returns what the harness finds out about a model in some tasks.
+
+    Args:
+        lm: The model.
+        tasks: Names of tasks.
+        manager: The harness's `TaskManager` that knows them.
+        limit: Use only the first documents of each task.
+        bootstrap: Resamplings for the errors of metrics that are not means.
+    """
+    import lm_eval
+
+    found: Mapping[str, Any] = lm_eval.simple_evaluate(
+        lm, tasks=[*tasks], task_manager=manager, limit=limit, bootstrap_iters=bootstrap, log_samples=False
+    )
+    return found
 
 
 def main() -> None:

@@ -80,8 +80,12 @@ def quantize_and_report(
     pages: Sequence[Path],
     *,
     progress: StageProgress = None,
+    finish: Callable[[Report, Stages], Report] | None = None,
 ) -> Report:
-    """`quantize`, after a check that reports can be written to `pages` later, as well."""
+    """`quantize`, after a check that reports can be written to `pages` later, as well.
+
+    `finish` adds figures to the report. After an interruption, only what was not measured runs again.
+    """
     out = Path(out)
     unmeasured = Unmeasured(out)
     if not unmeasured.exists():
@@ -107,9 +111,13 @@ def quantize_and_report(
             done = Report.from_json(text)
             _log_smaller_groups(done, chosen.group)
             _log_notes(done)
-        if chosen.measures and held_out is not None and not done.candidates:
+        compares = chosen.measures and held_out is not None and not done.candidates
+        if compares or finish is not None:
             with unmeasured.record(key, done):
-                done = measure(done, path, out, held_out, chosen, report)
+                if compares and held_out is not None:
+                    done = measure(done, path, out, held_out, chosen, report)
+                if finish is not None:
+                    done = finish(done, report)
     _generated(out).unlink(missing_ok=True)
     return done
 

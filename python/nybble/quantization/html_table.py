@@ -39,6 +39,11 @@ def report_rows(done: ReportData) -> dict[str, str]:
             f"mean KL {report_page.number(chosen.kl_mean)}, median {report_page.number(chosen.kl_median)}"
         )
         rows["same top token"] = report_page.percent(chosen.top_agreement)
+    for score in done.tasks:
+        rows[f"{score.task}, {score.metric}"] = (
+            f"{report_page.score(score.value, score.error)} (source: "
+            f"{report_page.score(score.source, score.source_error)})"
+        )
     if (pruning := done.pruning) is not None:
         rows["experts left out"] = (
             f"{pruning.before - pruning.after} of {pruning.before} per layer, which tokens chose "

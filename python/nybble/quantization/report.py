@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from nybble import _native
-from nybble.quantization.report_data import Candidate, Pruning, ReportData, TensorReport
+from nybble.quantization.report_data import Candidate, Pruning, ReportData, TaskScore, TensorReport
 
 __all__ = ["Candidate", "Report", "TensorReport"]
 
@@ -55,6 +55,7 @@ class Report(ReportData):
             experts_unreached=value.get("experts_unreached", 0),
             experts_rounded=value.get("experts_rounded", 0),
             pruning=_read(Pruning, value["pruning"]) if value.get("pruning") else None,
+            tasks=tuple(_read(TaskScore, score) for score in value.get("tasks") or ()),
         )
 
     def to_json(self, *, indent: int | None = None) -> str:

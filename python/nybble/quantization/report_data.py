@@ -61,6 +61,27 @@ class Pruning:
 
 
 @dataclass(frozen=True)
+class TaskScore:
+    """A figure of the output and of its source in a task of lm-evaluation-harness."""
+
+    task: str
+    """The name of the task, or of a group of tasks."""
+    metric: str
+    """The name of the figure, such as "acc" or "exact_match (strict-match)", by which the answers were filtered."""
+    samples: int | None
+    """The number of documents; None if the harness does not say."""
+    source: float
+    source_error: float | None
+    """The standard error of the source's figure; None if the harness computes none."""
+    value: float
+    """The figure of the output."""
+    error: float | None
+    """Its standard error."""
+    higher_is_better: bool | None
+    """Whether a larger figure is better; None if the task does not say."""
+
+
+@dataclass(frozen=True)
 class ReportData:
     """The values of a report."""
 
@@ -89,6 +110,8 @@ class ReportData:
     """Those that too few tokens reached to calibrate them. The unreached ones are among them."""
     pruning: Pruning | None = None
     """The experts that were left out, with `prune_experts`."""
+    tasks: tuple[TaskScore, ...] = ()
+    """The figures of the tasks that were asked for, in order."""
 
     @property
     def chosen(self) -> Candidate | None:

@@ -25,7 +25,7 @@ def render(report: ReportData) -> str:
     import jinja2
 
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters.update(size=size, number=number, percent=percent, duration=duration)
+    environment.filters.update(size=size, number=number, percent=percent, score=score, duration=duration)
     template = environment.from_string(
         resources.files("nybble.quantization").joinpath("data/report.html.j2").read_text(encoding="utf-8")
     )
@@ -132,6 +132,11 @@ def number(value: Any, digits: int = 3) -> str:
 def _tick(value: float) -> str:
     text = number(value)
     return text.rstrip("0").rstrip(".") if "." in text else text
+
+
+def score(value: float, error: float | None = None) -> str:
+    """Formats a figure of a task with its standard error, such as "0.412 ± 0.014"."""
+    return f"{value:.4g}" if error is None else f"{value:.4g} ± {error:.2g}"
 
 
 def percent(value: float | None) -> str:

@@ -15,7 +15,9 @@ import pytest
 import tiny
 from serving import Running
 
-from nybble import Model
+from nybble import Model, Report, _native, quantize
+from nybble.cli import main
+from nybble.integrations.tasks import compare_tasks
 
 lm_eval = pytest.importorskip("lm_eval", reason="needs lm-evaluation-harness: make test-clients")
 pytestmark = [
@@ -215,6 +217,90 @@ def test_contexts_that_are_too_long_are_cut_from_the_left(model: Model) -> None:
         lm.loglikelihood([asked("loglikelihood", "a", "b" * 500)])
 
 
+@pytest.fixture(scope="module")
+def source(model: Model, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The model in F32."""
+    path = tmp_path_factory.mktemp("source") / "tiny-f32.gguf"
+    _native.convert(model.info.file, path, "f32")
+    return path
+
+
+def test_a_quantization_is_measured_in_tasks(source: Path, folder: Path, tmp_path: Path) -> None:
+    stages = []
+    done = quantize(source, tmp_path / "out.gguf", recipe="rtn", progress=False)
+    report = compare_tasks(
+        done,
+        ["choices", " until"],
+        folder=folder,
+        limit=3,
+        progress=lambda stage, done, total: stages.append((stage, done, total)),
+    )
+    found = {(score.task, score.metric): score for score in report.tasks}
+    assert [*found] == [("choices", "acc"), ("choices", "acc_norm"), ("until", "exact_match")]
+    for path, name in ((source, "source"), (report.out, "value")):
+        with Model.load(path, quantize=None if path == source else "auto", threads=2) as own:
+            expected = evaluate(by_class(own), folder, "choices", limit=3)["results"]["choices"]
+        assert getattr(found["choices", "acc"], name) == expected["acc,none"]
+        assert getattr(found["choices", "acc_norm"], name) == expected["acc_norm,none"]
+    accuracy = found["choices", "acc"]
+    assert (accuracy.samples, accuracy.higher_is_better) == (3, True)
+    assert accuracy.error is not None
+    for what in ("the source", "the file"):
+        counts = [(done, total) for stage, done, total in stages if stage == f"tasks with {what}"]
+        assert counts[0][0] == 0
+        assert counts[-1] == (3, 3), "one generation for each document"
+    assert Report.from_json(report.to_json()) == report
+    assert "choices, acc" in report._repr_html_()
+    assert "<h2>Tasks</h2>" in report.to_html()
+
+
+def test_tasks_that_cannot_be_used_are_refused_before_the_quantization(
+    source: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = tmp_path / "tasks"
+    broken.mkdir()
+    files = f"dataset_kwargs: {{data_files: {{test: {broken / 'none.jsonl'}}}}}\n"
+    (broken / "broken.yaml").write_text(f"task: broken\n{COMMON}{files}{TASKS['choices']}")
+
+    def said(*arguments: str) -> str:
+        assert main(["quantize", str(source), str(tmp_path / "out.gguf"), "--recipe", "rtn", *arguments]) == 1
+        return capsys.readouterr().err
+
+    found = said("--tasks", "choices,no_such_task", "--task-folder", str(folder))
+    assert "tasks: found no_such_task, expected tasks of" in found
+    assert "missing: there is no such folder" in said("--tasks", "choices", "--task-folder", str(tmp_path / "missing"))
+    assert "tasks: broken cannot be loaded: FileNotFoundError" in said(
+        "--tasks", "broken", "--task-folder", str(broken)
+    )
+    assert "expected names of tasks" in said("--tasks", " ,")
+    assert [*tmp_path.iterdir()] == [broken]
+
+
+def test_a_command_interrupted_in_a_task_continues_there(
+    source: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from nybble.integrations.lm_eval import NybbleLM
+
+    out, page = tmp_path / "out.gguf", tmp_path / "out.html"
+    command = ["quantize", str(source), str(out), "--recipe", "rtn", "--tasks", "choices", "--task-folder", str(folder)]
+    command += ["--report", str(page), "--evaluation", str(tmp_path / "prose.txt")]
+    (tmp_path / "prose.txt").write_text("The dog and the fox are friends. " * 60)
+
+    def interrupt(*_: Any, **__: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(NybbleLM, "_loglikelihood_tokens", interrupt)
+        assert main(command) == 130
+    assert "the same command continues from here" in capsys.readouterr().err
+    written = out.stat().st_mtime_ns
+    assert main(command) == 0
+    assert out.stat().st_mtime_ns == written
+    assert "choices, acc" in capsys.readouterr().out
+    assert "<h2>Tasks</h2>" in page.read_text()
+    assert {file.name for file in tmp_path.iterdir()} == {"out.gguf", "out.html", "out.json", "prose.txt"}
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -239,8 +325,8 @@ def test_options_of_a_task_are_refused_by_name(model: Model) -> None:
         asked = Instance(request_type="generate_until", doc={}, arguments=("Hi", options), idx=0)
         return lm.generate_until([asked])[0]
 
-    with pytest.raises(TypeError, match="num_beams"):
-        said(until=[], max_gen_toks=4, num_beams=4)
+    with pytest.raises(TypeError, match="penalty_alpha"):
+        said(until=[], max_gen_toks=4, penalty_alpha=0.6)
     with pytest.raises(ValueError, match="max_gen_toks: found 256"):
         said(until=[])
     sampled = {"do_sample": True, "temperature": 0.9, "max_gen_toks": 12}

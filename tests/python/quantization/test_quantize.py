@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import html
 import html.parser
 import json
@@ -16,9 +17,11 @@ import pytest
 
 from nybble import Model, ModelError, QuantizeOptions, Report, _native, quantize
 from nybble.cli import main
+from nybble.integrations import tasks
 from nybble.models import hub
 from nybble.quantization import calibration
 from nybble.quantization.measuring import split
+from nybble.quantization.report_data import TaskScore
 from nybble.quantization.report_plots import Axis, Point, Series, plot
 from nybble.quantization.spec import Spec
 
@@ -206,6 +209,50 @@ REPORT: dict[str, Any] = {
     "reference": {"perplexity": 48.9},
     "kl_by_position": [0.1, 0.2, 0.15] * 20,
 }
+
+
+def test_a_report_has_the_figures_of_tasks() -> None:
+    before = {
+        "results": {
+            "arc": {"alias": "arc", "sample_len": 20, "acc,none": 0.5, "acc_stderr,none": 0.1},
+            "sums": {"exact_match,strict": 0.25, "exact_match_stderr,strict": "N/A"},
+        },
+        "groups": {"all": {"acc,none": 0.4, "acc_stderr,none": float("nan")}},
+    }
+    after = {
+        "results": {
+            "arc": {"alias": "arc", "sample_len": 20, "acc,none": 0.45, "acc_stderr,none": 0.11},
+            "sums": {"exact_match,strict": 0.2, "exact_match_stderr,strict": "N/A"},
+        },
+        "groups": {"all": {"acc,none": 0.3, "acc_stderr,none": 0.2}},
+        "n-samples": {"sums": {"original": 100, "effective": 10}},
+        "higher_is_better": {"arc": {"acc": True}, "sums": {"exact_match": False}},
+    }
+    found = tasks.scores(before, after)
+    assert found == (
+        TaskScore("arc", "acc", 20, 0.5, 0.1, 0.45, 0.11, True),
+        TaskScore("sums", "exact_match (strict)", 10, 0.25, None, 0.2, None, False),
+        TaskScore("all", "acc", None, 0.4, None, 0.3, 0.2, None),
+    )
+    report = dataclasses.replace(Report.from_json(json.dumps(REPORT)), tasks=found)
+    assert Report.from_json(report.to_json()) == report
+    page = Page(report.to_html())
+    assert page.open == []
+    assert page.tags.count("tr") == 2 + 2 + 9 + 4
+    assert "0.45 ± 0.11 (source: 0.5 ± 0.1)" in report._repr_html_()
+    for cell in ("<td>acc ↑</td>", "<td>exact_match (strict) ↓</td>", "<td>-0.05</td>", "<td>–</td>"):
+        assert cell in report.to_html()
+
+
+def test_tasks_without_the_harness_are_refused_first(source: Path, tmp_path: Path) -> None:
+    script = (
+        "import sys; sys.modules['lm_eval'] = None; from nybble.cli import main; "
+        f"sys.exit(main(['quantize', {str(source)!r}, {str(tmp_path / 'out.gguf')!r}, '--tasks', 'arc_easy']))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].endswith("needs lm_eval: pip install 'nybble[lm-eval]'")
+    assert list(tmp_path.iterdir()) == []
 
 
 class Page(html.parser.HTMLParser):
@@ -432,6 +479,9 @@ def test_the_command_prints_80_columns(source: Path, tmp_path: Path, capsys: pyt
         (["--budget", "5", "--recipe", "rtn"], "budget: found 5.0 with the recipe rtn"),
         (["--budget", "0"], "budget: found 0"),
         (["--seed", "-1"], "seed: found -1"),
+        (["--tasks", "arc_easy", "--task-limit", "0"], "'--task-limit': 0 is not in the range"),
+        (["--task-limit", "5"], "--task-folder and --task-limit: found without --tasks"),
+        (["--task-folder", "."], "--task-folder and --task-limit: found without --tasks"),
         (["--keep", "q4_0"], "--keep: found 'q4_0'"),
         (["--recipe", "rtn", "--keep", "blk.*=q9"], "q9"),
         (["--recipe", "auto", "--keep", "blk.9.*=q8_0"], 'keep: found "blk.9.*", which matches no tensor'),

@@ -1,19 +1,30 @@
 //! The caches of the CPU: how large they are, and how memory is prefetched into them.
-#![allow(unsafe_code, reason = "instructions that read nothing but the CPU's description")]
+#![allow(unsafe_code, reason = "instructions that describe, fill and empty caches")]
 
 use std::sync::LazyLock;
+
+use crate::quant::packed::CacheLine;
 
 /// Bytes of the second-level cache of a core, where the CPU does not say.
 const USUAL: usize = 512 << 10;
 
+/// Bytes of the last-level cache that cores share, where the CPU does not say. None is larger.
+const MOST: usize = 2 << 30;
+
 /// Bytes of the second-level cache of a core.
 pub(crate) fn second_level_bytes() -> usize {
-    static BYTES: LazyLock<usize> = LazyLock::new(|| described().filter(|bytes| *bytes > 0).unwrap_or(USUAL));
+    static BYTES: LazyLock<usize> = LazyLock::new(|| described(2).filter(|bytes| *bytes > 0).unwrap_or(USUAL));
     *BYTES
 }
 
-/// What the CPU says about its second-level cache.
-fn described() -> Option<usize> {
+/// Bytes of the largest cache: the third-level cache, or the second-level cache of a CPU without one.
+pub(super) fn last_level_bytes() -> usize {
+    static BYTES: LazyLock<usize> = LazyLock::new(|| described(3).or_else(|| described(2)).unwrap_or(MOST));
+    *BYTES
+}
+
+/// What the CPU says about its cache of a level.
+fn described(level: u32) -> Option<usize> {
     #[cfg(target_arch = "x86_64")]
     #[allow(unused_unsafe, reason = "reading a leaf was unsafe in earlier versions of Rust")]
     // SAFETY: every CPU with 64-bit instructions has CPUID, and the leaves are read only if they exist.
@@ -28,10 +39,13 @@ fn described() -> Option<usize> {
             false => return None,
         };
         let caches = (0..8).map(|index| __cpuid_count(leaf, index)).take_while(|cache| cache.eax & 31 != 0);
-        caches.filter(|cache| cache.eax >> 5 & 7 == 2).map(|cache| bytes(cache.ebx, cache.ecx)).next()
+        caches.filter(|cache| cache.eax >> 5 & 7 == level).map(|cache| bytes(cache.ebx, cache.ecx)).next()
     }
     #[cfg(not(target_arch = "x86_64"))]
-    None
+    {
+        let _ = level;
+        None
+    }
 }
 
 /// Bytes of a cache, from what CPUID tells about its geometry (Intel 64 and IA-32 Architectures Software Developer's Manual, volume 2,
@@ -59,6 +73,17 @@ pub(crate) fn prefetch(address: usize) {
     let _ = address;
 }
 
+/// Removes lines from all caches, so that reading them takes as long as if they had not been read for long. Does nothing on CPUs without
+/// an instruction for it.
+pub(super) fn evict(lines: &[CacheLine]) {
+    #[cfg(target_arch = "x86_64")]
+    for line in lines {
+        // SAFETY: the line is readable, and every CPU with 64-bit instructions has this one.
+        unsafe { std::arch::x86_64::_mm_clflush(std::ptr::from_ref(line).cast()) };
+    }
+    let _ = lines;
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -81,6 +106,14 @@ mod tests {
         if let Ok(said) = std::fs::read_to_string("/sys/devices/system/cpu/cpu0/cache/index2/size") {
             assert_eq!(format!("{}K", second_level_bytes() >> 10), said.trim());
         }
+    }
+
+    #[test]
+    fn the_last_cache_is_the_largest_and_lines_that_leave_it_keep_their_contents() {
+        assert!(last_level_bytes() >= second_level_bytes());
+        let lines = [CacheLine([7; 64]); 100];
+        evict(&lines);
+        assert_eq!(lines, [CacheLine([7; 64]); 100]);
     }
 
     #[test]

@@ -19,7 +19,7 @@ pub(crate) use self::sparse::is_sparse_faster;
 use super::activations::Activations;
 use super::available::available;
 use super::operations::{Kernel, Table};
-use super::scalar;
+use super::{cache, scalar};
 use crate::quant::packed::{Code, Layout, PANEL, Packed};
 use crate::threads::{Columns, PerProcess, Scope};
 
@@ -27,6 +27,8 @@ use crate::threads::{Columns, PerProcess, Scope};
 const HEIGHTS: [usize; 3] = [1, 8, 64];
 /// Bytes of weights that are multiplied with each number of rows in a round.
 const BYTES: [usize; 3] = [24 << 20, 8 << 20, 1 << 20];
+/// Bytes for one row and each thread where weights are evicted first, which takes longer than reading them.
+const EVICTED: usize = 2 << 20;
 /// Layouts that take less than this in a model are not measured for it: their share of its time is small.
 const LEAST: usize = 1 << 20;
 /// Panels that a task multiplies.
@@ -105,20 +107,26 @@ pub(crate) fn tune<'a>(kernel: &Kernel, scope: &Scope<'_>, threads: usize, matri
     let mut known = KNOWN.get().lock().unwrap_or_else(PoisonError::into_inner);
     let record = known.get_or_insert_with(|| if wish == "retune" { Record::new() } else { Record::read() });
     let names: Vec<&str> = candidates().iter().map(|kernel| kernel.name()).collect();
+    let mut bytes = 0;
     let mut layouts: [Vec<&Packed>; LAYOUTS] = std::array::from_fn(|_| vec![]);
     for matrix in matrices.filter(|matrix| matrix.layout().is_integer()) {
         layouts[index_of(matrix.layout())].push(matrix);
+        bytes += matrix.bytes();
     }
+    let place = Place::of_model(bytes);
     let mut is_new = false;
     for (index, matrices) in layouts.iter().enumerate() {
         if matrices.iter().map(|matrix| matrix.bytes()).sum::<usize>() < LEAST {
             continue;
         }
         for (height, (rows, bytes)) in HEIGHTS.into_iter().zip(BYTES).enumerate() {
-            let layout = name_of(index);
+            let (layout, bytes) = match rows {
+                1 => (place.name(name_of(index)), place.bytes(threads)),
+                _ => (name_of(index), bytes),
+            };
             let gops = record.speeds(&layout, rows, threads, &names).unwrap_or_else(|| {
                 is_new = true;
-                let gops = measure(scope, candidates(), matrices, rows, bytes);
+                let gops = measure(scope, candidates(), matrices, rows, bytes, place);
                 record.add(layout, rows, threads, &names, &gops);
                 gops
             });
@@ -137,6 +145,37 @@ pub fn choices() -> Vec<Choice> {
     known.as_ref().map(Record::choices).unwrap_or_default()
 }
 
+/// Where the weights of a model are when a token needs them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Place {
+    /// A cache may hold all of them.
+    Cache,
+    Memory,
+}
+
+impl Place {
+    /// For a model with this many bytes of weights.
+    fn of_model(bytes: usize) -> Place {
+        if bytes > cache::last_level_bytes() { Place::Memory } else { Place::Cache }
+    }
+
+    /// Bytes of weights that are multiplied with one row in a round.
+    fn bytes(self, threads: usize) -> usize {
+        match self {
+            Place::Cache => BYTES[0],
+            Place::Memory => BYTES[0].min(EVICTED * threads),
+        }
+    }
+
+    /// The name of a measurement of `what`.
+    fn name(self, what: String) -> String {
+        match self {
+            Place::Cache => format!("{what}, in a cache"),
+            Place::Memory => what,
+        }
+    }
+}
+
 /// The speed of each kernel: 10^9 operations per second for products of `rows` rows with about `bytes` of the matrices.
 fn measure(
     scope: &Scope<'_>,
@@ -144,9 +183,9 @@ fn measure(
     matrices: &[&Packed],
     rows: usize,
     bytes: usize,
+    place: Place,
 ) -> Vec<f64> {
-    // Tasks of several panels. For one row, each measurement reads other weights, if there are enough: a model's weights are not in the
-    // cache when a token needs them.
+    // Tasks of several panels. For one row, each measurement reads other weights, if there are enough, as a token does.
     let windows = if rows == 1 { ROUNDS * kernels.len() } else { 1 };
     let mut tasks: Vec<(usize, Range<usize>)> = vec![];
     let mut cuts = vec![(0, 0)];
@@ -184,6 +223,13 @@ fn measure(
     let run = |kernel: &Kernel, window: usize| {
         let [(first, before), (last, after)] = [cuts[window], cuts[window + 1]];
         let checksum = AtomicU64::new(0);
+        if rows == 1 && place == Place::Memory {
+            // A large cache may hold all that is measured, but not the model.
+            scope.for_each(last - first, |task| {
+                let (matrix, panels) = &tasks[first + task];
+                matrices[*matrix].parts_of(panels.clone()).into_iter().for_each(cache::evict);
+            });
+        }
         let start = Instant::now();
         scope.for_each(last - first, |task| {
             let (matrix, panels) = &tasks[first + task];
@@ -244,6 +290,14 @@ mod tests {
     }
 
     #[test]
+    fn models_that_fit_into_a_cache_are_measured_there() {
+        assert_eq!(Place::of_model(1 << 10), Place::Cache);
+        assert_eq!(Place::of_model(usize::MAX), Place::Memory);
+        assert_eq!(Place::Cache.name("int4".to_owned()), "int4, in a cache");
+        assert_eq!([1, 2, 100].map(|threads| Place::Memory.bytes(threads) >> 20), [2, 4, 24]);
+    }
+
+    #[test]
     fn a_kernel_with_other_results_has_no_speed() {
         fn wrong(_: &Packed, _: Range<usize>, _: &Activations, _: &mut Columns<'_>) {}
         // SAFETY: every CPU runs the scalar kernel, and the product has no needs.
@@ -251,7 +305,8 @@ mod tests {
         let mut matrix = Packed::zeroed(16, 64, Layout { code: Code::Int4, group: 32, min: false }, 1.0);
         matrix.panels_mut().iter_mut().for_each(|panel| panel.scales.fill([half::f16::ONE; PANEL]));
         let pool = ThreadPool::new(1).unwrap();
-        let gops = pool.run(|scope| measure(scope, &[scalar::kernel(), wrong], &[&matrix], 1, usize::MAX));
+        let gops =
+            pool.run(|scope| measure(scope, &[scalar::kernel(), wrong], &[&matrix], 1, usize::MAX, Place::Cache));
         assert!(gops[0] > 0.0 && gops[1] == 0.0, "{gops:?}");
         assert_eq!(fastest(&gops), 0);
     }
@@ -265,9 +320,11 @@ mod tests {
             let matrices = [Packed::zeroed(150, 70, layout, 1.0), Packed::zeroed(16, 33, layout, 1.0)];
             let matrices: Vec<&Packed> = matrices.iter().collect();
             for rows in HEIGHTS {
-                let gops = pool.run(|scope| measure(scope, &kernels, &matrices, rows, usize::MAX));
-                assert_eq!(gops.len(), kernels.len());
-                assert!(gops.iter().all(|gops| gops.is_finite() && *gops > 0.0), "{layout:?}: {gops:?}");
+                for place in [Place::Cache, Place::Memory] {
+                    let gops = pool.run(|scope| measure(scope, &kernels, &matrices, rows, usize::MAX, place));
+                    assert_eq!(gops.len(), kernels.len());
+                    assert!(gops.iter().all(|gops| gops.is_finite() && *gops > 0.0), "{layout:?}: {gops:?}");
+                }
             }
         }
     }

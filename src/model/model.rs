@@ -141,8 +141,8 @@ impl Model {
         let needs = |name: &str| held.may_need(name);
         let experts = ExpertCache::new(checkpoint, options, &config, held.layers.clone(), &needs)?;
         let (weights, source) = pool.run(|scope| {
-            let measure = || kernels::tuning::is_sparse_faster(kernel, scope, pool.threads());
-            let is_faster = || options.sparse.unwrap_or_else(measure);
+            let measure = |bytes| kernels::tuning::is_sparse_faster(kernel, scope, pool.threads(), bytes);
+            let is_faster = |bytes| options.sparse.unwrap_or_else(|| measure(bytes));
             let loader =
                 Loader::new(scope, checkpoint, progress, &needs).with_sparse(&is_faster).with_experts(experts.clone());
             let weights = load(&loader, &config, context, &held)?;

@@ -25,6 +25,8 @@
 pub mod sparse;
 mod wide;
 
+use std::ops::Range;
+
 use half::f16;
 
 pub use super::layout::{BLOCK, Code, LONGEST_RUN, Layout, PANEL};
@@ -256,6 +258,19 @@ impl Packed {
             scales: numbers(&self.memory[scales..][..scale_lines], groups),
             mins: numbers(&self.memory[mins..][..scale_lines], if self.layout.min { groups } else { 0 }),
         }
+    }
+
+    /// What products of some panels read: codes, scales, and minimums or the masks of sparse codes.
+    pub(crate) fn parts_of(&self, panels: Range<usize>) -> [&[CacheLine]; 3] {
+        let (codes, behind) = (self.codes_from(panels.start), self.codes_from(panels.end));
+        let part = |start: usize, lines: usize| &self.memory[start + panels.start * lines..start + panels.end * lines];
+        let scales = self.code_lines();
+        let others = match (self.is_sparse(), self.layout.min) {
+            (true, _) => part(0, self.blocks()),
+            (false, true) => part(scales + self.panels() * self.scale_lines(), self.scale_lines()),
+            (false, false) => &[],
+        };
+        [&codes[..codes.len() - behind.len()], part(scales, self.scale_lines()), others]
     }
 
     /// The codes of panels `index..`, for prefetching: `(panels, blocks, lines_per_block)`, or what [`sparse_lines`](Self::sparse_lines)

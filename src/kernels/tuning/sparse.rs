@@ -6,7 +6,7 @@
 use std::sync::PoisonError;
 
 use super::record::{Record, fastest};
-use super::{BYTES, KNOWN, measure};
+use super::{BYTES, KNOWN, Place, measure};
 use crate::kernels::operations::Kernel;
 use crate::kernels::scalar;
 use crate::quant::packed::{CacheLine, Code, Layout, PANEL, Packed};
@@ -17,19 +17,22 @@ const COLUMNS: usize = 4096;
 /// Rows: as many bytes as for other products of one row.
 const ROWS: usize = 2 * BYTES[0] / COLUMNS / PANEL * PANEL;
 
-/// Whether `kernel` multiplies a matrix faster if half of its codes are zero and not stored. Measured once, unless `NYBBLE_TUNING` is `off`: then
-/// it is not assumed.
-pub(crate) fn is_sparse_faster(kernel: &'static Kernel, scope: &Scope<'_>, threads: usize) -> bool {
+/// Whether `kernel` multiplies a matrix of a model with this many bytes of weights faster if half of its codes are zero and not stored. Measured
+/// once, unless `NYBBLE_TUNING` is `off`: then it is not assumed.
+pub(crate) fn is_sparse_faster(kernel: &'static Kernel, scope: &Scope<'_>, threads: usize, bytes: usize) -> bool {
     let wish = std::env::var("NYBBLE_TUNING").unwrap_or_default();
     if wish == "off" || kernel.name() == scalar::kernel().name() {
         return false;
     }
     let mut known = KNOWN.get().lock().unwrap_or_else(PoisonError::into_inner);
     let record = known.get_or_insert_with(|| if wish == "retune" { Record::new() } else { Record::read() });
-    let (layout, names) = (format!("int4, half of them zero ({})", kernel.name()), ["dense", "sparse"]);
+    let place = Place::of_model(bytes);
+    let layout = place.name(format!("int4, half of them zero ({})", kernel.name()));
+    let names = ["dense", "sparse"];
     let speeds = record.speeds(&layout, 1, threads, &names).or_else(|| {
         let (dense, sparse) = matrices(scope)?;
-        let gops = [&dense, &sparse].map(|matrix| measure(scope, &[kernel], &[matrix], 1, usize::MAX)[0]);
+        let gops =
+            [&dense, &sparse].map(|matrix| measure(scope, &[kernel], &[matrix], 1, place.bytes(threads), place)[0]);
         record.add(layout, 1, threads, &names, &gops);
         record.write();
         Some(gops.to_vec())

@@ -61,8 +61,10 @@ pub(in crate::model) struct Loader<'a> {
     is_hollow: Cell<bool>,
     /// Where matrices lie.
     arena: Arena,
-    /// Whether matrices with many zeros become sparse.
-    sparse: Option<&'a dyn Fn() -> bool>,
+    /// Bytes of all tensors in the file.
+    expected: usize,
+    /// Whether matrices with many zeros become sparse, in a model with that many bytes of weights.
+    sparse: Option<&'a dyn Fn(usize) -> bool>,
     /// The experts that are in memory, where that is not all of them.
     experts: Option<Arc<ExpertCache>>,
     /// Where the matrices of an expert lie, while they load.
@@ -118,14 +120,15 @@ impl<'a> Loader<'a> {
         Loader {
             progress,
             total,
+            expected,
             arena: Arena::new(expected).spread(scope.nodes() > 1),
             ..Loader::separate(scope, checkpoint)
         }
     }
 
-    /// The loader, which does not store the zeros of matrices with many, if `is_faster` says so. It is asked only where there is such a
-    /// matrix.
-    pub(in crate::model) fn with_sparse(self, is_faster: &'a dyn Fn() -> bool) -> Loader<'a> {
+    /// The loader, which does not store the zeros of matrices with many, if `is_faster` says so for the bytes of all tensors. It is asked
+    /// only where there is such a matrix.
+    pub(in crate::model) fn with_sparse(self, is_faster: &'a dyn Fn(usize) -> bool) -> Loader<'a> {
         Loader { sparse: Some(is_faster), ..self }
     }
 
@@ -139,6 +142,7 @@ impl<'a> Loader<'a> {
             total: 0,
             used: RefCell::default(),
             is_hollow: Cell::new(false),
+            expected: 0,
             arena: Arena::new(0),
             sparse: None,
             experts: None,
@@ -513,7 +517,7 @@ impl Loader<'_> {
         let job = pack::PackJob { source, rows, columns, order, release, arena };
         // Experts that take the places of others have the same layout.
         let may_be_sparse = self.sparse.filter(|_| of_experts.is_none());
-        let is_sparse = may_be_sparse.is_some_and(|is_faster| job.has_many_zeros() && is_faster());
+        let is_sparse = may_be_sparse.is_some_and(|is_faster| job.has_many_zeros() && is_faster(self.expected));
         let packed = if is_sparse { job.run_sparse(self.scope) } else { job.run(self.scope) };
         packed.map_err(|error| match error {
             pack::PackError::Memory(error) => error,

@@ -297,6 +297,13 @@ mod tests {
                 .flat_map(|panel| [sparse.sparse_lines(panel, 0), sparse.sparse_lines(panel, 1)]);
             assert_eq!(sparse.codes_from(panel), chunks.collect::<Vec<_>>().concat(), "panel {panel}");
         }
+        // What some panels read: together all that the matrix has, once.
+        for matrix in [&dense, &sparse] {
+            let read = [0..1, 1..matrix.panels()].map(|panels| matrix.parts_of(panels));
+            let lines: usize = read.iter().flatten().map(|part| part.len()).sum();
+            assert_eq!(lines * size_of::<CacheLine>(), matrix.bytes());
+            assert_eq!(read[0][1].as_ptr_range().end, read[1][1].as_ptr());
+        }
     }
 
     #[test]

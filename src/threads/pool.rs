@@ -372,6 +372,9 @@ mod tests {
         // A single item belongs to one thread.
         let alone = slot.spans(1, span);
         assert_eq!(alone.iter().filter(|span| span.bytes > 0).count(), 1);
+        slot.expect(&spans, prefetch_line);
+        slot.expect(&[], prefetch_line);
+        assert!((0..3).all(|share| !slot.prefetch(share)), "nothing is expected any more");
         // Every line once.
         assert_eq!(SUM.load(Ordering::Relaxed), (0..12).map(|line| 3 * 64 * line + 4000).sum::<usize>());
     }

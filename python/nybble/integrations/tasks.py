@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -123,9 +124,10 @@ def scores(before: Mapping[str, Any], after: Mapping[str, Any]) -> tuple[TaskSco
     found = []
     for task, metrics in {**after["results"], **after.get("groups", {})}.items():
         own = {**before["results"], **before.get("groups", {})}[task]
-        for key, value in metrics.items():
+        for key, figure in metrics.items():
             metric, _, kind = key.partition(",")
-            if not kind or metric.endswith("_stderr") or not _is_number(value):
+            value, source = _number(figure), _number(own.get(key))
+            if not kind or metric.endswith("_stderr") or value is None or source is None:
                 continue
             error = f"{metric}_stderr,{kind}"
             found.append(
@@ -133,9 +135,9 @@ def scores(before: Mapping[str, Any], after: Mapping[str, Any]) -> tuple[TaskSco
                     task=task,
                     metric=metric if kind == "none" else f"{metric} ({kind})",
                     samples=_samples(after, task, metrics),
-                    source=float(own[key]),
+                    source=source,
                     source_error=_number(own.get(error)),
-                    value=float(value),
+                    value=value,
                     error=_number(metrics.get(error)),
                     higher_is_better=after.get("higher_is_better", {}).get(task, {}).get(metric),
                 )
@@ -149,10 +151,7 @@ def _samples(results: Mapping[str, Any], task: str, metrics: Mapping[str, Any]) 
     return None if count is None else int(count)
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _number(value: Any) -> float | None:
-    """The value of a figure that the harness could not compute is text or NaN."""
-    return float(value) if _is_number(value) and value == value else None
+def _number(value: object) -> float | None:
+    """The value of a figure; None for text and NaN, which the harness gives where it could not compute one."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and not math.isnan(value)
+    return float(value) if is_number else None  # type: ignore[arg-type]

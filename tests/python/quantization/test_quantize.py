@@ -216,6 +216,7 @@ def test_a_report_has_the_figures_of_tasks() -> None:
         "results": {
             "arc": {"alias": "arc", "sample_len": 20, "acc,none": 0.5, "acc_stderr,none": 0.1},
             "sums": {"exact_match,strict": 0.25, "exact_match_stderr,strict": "N/A"},
+            "failed": {"acc,none": 0.5, "f1,none": 0.5},
         },
         "groups": {"all": {"acc,none": 0.4, "acc_stderr,none": float("nan")}},
     }
@@ -223,6 +224,7 @@ def test_a_report_has_the_figures_of_tasks() -> None:
         "results": {
             "arc": {"alias": "arc", "sample_len": 20, "acc,none": 0.45, "acc_stderr,none": 0.11},
             "sums": {"exact_match,strict": 0.2, "exact_match_stderr,strict": "N/A"},
+            "failed": {"acc,none": float("nan"), "f1,none": "N/A"},
         },
         "groups": {"all": {"acc,none": 0.3, "acc_stderr,none": 0.2}},
         "n-samples": {"sums": {"original": 100, "effective": 10}},

@@ -8,18 +8,15 @@ use crate::quant::packed::CacheLine;
 /// Bytes of the second-level cache of a core, where the CPU does not say.
 const USUAL: usize = 512 << 10;
 
-/// Bytes of the last-level cache that cores share, where the CPU does not say. None is larger.
-const MOST: usize = 2 << 30;
-
 /// Bytes of the second-level cache of a core.
 pub(crate) fn second_level_bytes() -> usize {
     static BYTES: LazyLock<usize> = LazyLock::new(|| described(2).filter(|bytes| *bytes > 0).unwrap_or(USUAL));
     *BYTES
 }
 
-/// Bytes of the largest cache: the third-level cache, or the second-level cache of a CPU without one.
-pub(super) fn last_level_bytes() -> usize {
-    static BYTES: LazyLock<usize> = LazyLock::new(|| described(3).or_else(|| described(2)).unwrap_or(MOST));
+/// Bytes of the largest cache: the third-level cache, or the second-level cache of a CPU without one. `None` if the CPU does not say.
+pub(super) fn last_level_bytes() -> Option<usize> {
+    static BYTES: LazyLock<Option<usize>> = LazyLock::new(|| described(3).or_else(|| described(2)));
     *BYTES
 }
 
@@ -73,8 +70,10 @@ pub(crate) fn prefetch(address: usize) {
     let _ = address;
 }
 
-/// Removes lines from all caches, so that reading them takes as long as if they had not been read for long. Does nothing on CPUs without
-/// an instruction for it.
+/// Whether [`evict`] does something.
+pub(super) const CAN_EVICT: bool = cfg!(target_arch = "x86_64");
+
+/// Removes lines from all caches, so that reading them takes as long as if they had not been read for long.
 pub(super) fn evict(lines: &[CacheLine]) {
     #[cfg(target_arch = "x86_64")]
     for line in lines {
@@ -110,7 +109,7 @@ mod tests {
 
     #[test]
     fn the_last_cache_is_the_largest_and_lines_that_leave_it_keep_their_contents() {
-        assert!(last_level_bytes() >= second_level_bytes());
+        assert!(last_level_bytes().is_none_or(|bytes| bytes >= second_level_bytes()));
         let lines = [CacheLine([7; 64]); 100];
         evict(&lines);
         assert_eq!(lines, [CacheLine([7; 64]); 100]);

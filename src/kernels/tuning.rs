@@ -156,14 +156,14 @@ enum Place {
 impl Place {
     /// For a model with this many bytes of weights.
     fn of_model(bytes: usize) -> Place {
-        if bytes > cache::last_level_bytes() { Place::Memory } else { Place::Cache }
+        if cache::last_level_bytes().is_some_and(|cache| bytes <= cache) { Place::Cache } else { Place::Memory }
     }
 
     /// Bytes of weights that are multiplied with one row in a round.
     fn bytes(self, threads: usize) -> usize {
         match self {
-            Place::Cache => BYTES[0],
-            Place::Memory => BYTES[0].min(EVICTED * threads),
+            Place::Memory if cache::CAN_EVICT => BYTES[0].min(EVICTED * threads),
+            Place::Memory | Place::Cache => BYTES[0],
         }
     }
 
@@ -291,10 +291,11 @@ mod tests {
 
     #[test]
     fn models_that_fit_into_a_cache_are_measured_there() {
-        assert_eq!(Place::of_model(1 << 10), Place::Cache);
+        assert_eq!(Place::of_model(1 << 10) == Place::Cache, cache::last_level_bytes().is_some());
         assert_eq!(Place::of_model(usize::MAX), Place::Memory);
         assert_eq!(Place::Cache.name("int4".to_owned()), "int4, in a cache");
-        assert_eq!([1, 2, 100].map(|threads| Place::Memory.bytes(threads) >> 20), [2, 4, 24]);
+        let expected = if cache::CAN_EVICT { [2, 4, 24] } else { [24; 3] };
+        assert_eq!([1, 2, 100].map(|threads| Place::Memory.bytes(threads) >> 20), expected);
     }
 
     #[test]

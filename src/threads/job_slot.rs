@@ -132,7 +132,7 @@ impl JobSlot {
 
     /// Sets what each thread prefetches while it waits, nothing if `spans` is empty: line by line with `prefetch_line`, which is given an
     /// address.
-    pub(super) fn expect(&self, spans: &[Span], prefetch_line: fn(usize)) {
+    pub(super) fn set_next(&self, spans: &[Span], prefetch_line: fn(usize)) {
         self.prefetch_line.get_or_init(|| prefetch_line);
         for (share, span) in self.shares.iter().zip(spans.iter().copied().chain(std::iter::repeat(Span::default()))) {
             share.0.next.store(span.address, Ordering::Relaxed);

@@ -123,7 +123,7 @@ def quantize(
     if tasks is None and (task_folder or task_limit):
         raise typer.BadParameter("--task-folder and --task-limit: found without --tasks, expected with it only")
     with _hint():
-        finish = None if tasks is None else Tasks(tasks.split(","), task_folder, task_limit, chosen.threads).compare
+        finish = None if tasks is None else Tasks(tasks, task_folder, task_limit, chosen.threads).compare
         done = api.quantize_and_report(source, out, chosen, pages, finish=finish)
     for page in pages:
         done.save(page)

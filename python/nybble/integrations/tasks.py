@@ -24,7 +24,7 @@ _BOOTSTRAP = 100
 
 def compare_tasks(
     report: Report,
-    tasks: Sequence[str],
+    tasks: str | Sequence[str],
     *,
     folder: str | os.PathLike[str] | None = None,
     limit: int | None = None,
@@ -35,7 +35,7 @@ def compare_tasks(
 
     Args:
         report: The report of the quantization, which names both files.
-        tasks: Names of tasks or of groups of tasks.
+        tasks: Names of tasks or of groups of tasks: a list, or a text with commas between them.
         folder: A folder with tasks of your own: YAML files as the harness reads them.
         limit: Use only the first documents of each task.
         threads: Number of threads; None takes the default.
@@ -65,13 +65,14 @@ class Tasks:
     """Tasks that are found and loaded before a quantization, which may take hours."""
 
     def __init__(
-        self, names: Sequence[str], folder: str | os.PathLike[str] | None, limit: int | None, threads: int | None
+        self, names: str | Sequence[str], folder: str | os.PathLike[str] | None, limit: int | None, threads: int | None
     ) -> None:
         """Loads the tasks and their data. The arguments and errors are those of `compare_tasks`."""
         from nybble.integrations import lm_eval  # Says how to install the harness.
 
         self._adapter = lm_eval
-        self._names = [*dict.fromkeys(stripped for name in names if (stripped := name.strip()))]
+        listed = names.split(",") if isinstance(names, str) else names
+        self._names = [*dict.fromkeys(stripped for name in listed if (stripped := name.strip()))]
         self._limit, self._threads = limit, threads
         if not self._names:
             raise ValueError(f"tasks: found {names!r}, expected names of tasks")

@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use crate::kernels::cpu;
 
 /// How many times as fast as the first kernel another one must be to be chosen. Less may be noise.
-const MARGIN: f64 = 1.05;
+pub(super) const MARGIN: f64 = 1.05;
 
 /// Larger files are not records.
 const LONGEST: u64 = 1 << 20;

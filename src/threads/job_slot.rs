@@ -153,10 +153,11 @@ impl JobSlot {
     }
 
     /// What each thread reads in a stage of `count` items that read what `of` says.
-    pub(super) fn spans(&self, count: usize, of: impl Fn(usize) -> Span) -> Box<[Span]> {
-        let first = |share: usize| share.checked_sub(1).map_or(0, |before| self.end(before, count));
-        let has_any = |share: usize| first(share) < self.end(share, count);
-        (0..self.shares.len()).map(|share| if has_any(share) { of(first(share)) } else { Span::default() }).collect()
+    pub(super) fn spans(&self, count: usize, of: impl Fn(usize) -> Span) -> impl Iterator<Item = Span> {
+        (0..self.shares.len()).map(move |share| {
+            let first = share.checked_sub(1).map_or(0, |before| self.end(before, count));
+            if first < self.end(share, count) { of(first) } else { Span::default() }
+        })
     }
 
     /// Makes the workers exit.

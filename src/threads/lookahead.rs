@@ -27,8 +27,10 @@ struct Stage {
     count: usize,
     /// What the first item reads.
     first: Span,
-    /// What each thread reads. Empty until a second run reads the same.
-    threads: Box<[Span]>,
+    /// What each thread reads.
+    threads: Vec<Span>,
+    /// Whether two runs in a row have read it.
+    is_expected: bool,
 }
 
 impl Lookahead {
@@ -40,23 +42,26 @@ impl Lookahead {
         self.done = 0;
     }
 
-    /// Takes note of what the next stage reads: `count` items, the first of them `first`, and each thread what `threads` makes.
+    /// Takes note of what the next stage reads: `count` items, the first of them `first`, and each thread what `threads` says.
     /// Returns what each thread is expected to read in the stage after it, or nothing. After the last stage, that is the first one of the
     /// next run.
-    pub(super) fn note(&mut self, count: usize, first: Span, threads: impl FnOnce() -> Box<[Span]>) -> &[Span] {
+    pub(super) fn note(&mut self, count: usize, first: Span, threads: impl Iterator<Item = Span>) -> &[Span] {
         if self.done == Self::MOST {
             return &[];
         }
         match self.stages.get_mut(self.done) {
-            Some(stage) if (stage.count, stage.first) != (count, first) => {
-                *stage = Stage { count, first, threads: Box::default() };
+            Some(stage) if (stage.count, stage.first) == (count, first) => stage.is_expected = true,
+            Some(stage) => {
+                // In place: a step allocates nothing.
+                (stage.count, stage.first, stage.is_expected) = (count, first, false);
+                stage.threads.clear();
+                stage.threads.extend(threads);
             }
-            Some(stage) if stage.threads.is_empty() => stage.threads = threads(),
-            Some(_) => {}
-            None => self.stages.push(Stage { count, first, threads: Box::default() }),
+            None => self.stages.push(Stage { count, first, threads: threads.collect(), is_expected: false }),
         }
         self.done += 1;
-        self.stages.get(self.done).or(self.stages.first()).map_or(&[], |stage| &stage.threads)
+        let following = self.stages.get(self.done).or(self.stages.first());
+        following.filter(|stage| stage.is_expected).map_or(&[], |stage| &stage.threads)
     }
 }
 
@@ -66,7 +71,7 @@ mod tests {
 
     fn note(lookahead: &mut Lookahead, address: usize) -> Option<usize> {
         let span = Span { address, bytes: 64 };
-        lookahead.note(2, span, || [span].into()).first().map(|span| span.address)
+        lookahead.note(2, span, [span].into_iter()).first().map(|span| span.address)
     }
 
     #[test]

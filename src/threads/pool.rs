@@ -210,7 +210,7 @@ impl Scope<'_> {
     /// expected to read in the stage after it, line by line with `prefetch_line`, which is given an address.
     pub(crate) fn reads(&self, count: usize, of: impl Fn(usize) -> Span, prefetch_line: fn(usize)) {
         if let (Some((slot, _)), Some(lookahead), true) = (self.slot, self.lookahead, count > 0) {
-            slot.set_next(lookahead.borrow_mut().note(count, of(0), || slot.spans(count, of)), prefetch_line);
+            slot.set_next(lookahead.borrow_mut().note(count, of(0), slot.spans(count, of)), prefetch_line);
         }
     }
 
@@ -363,14 +363,14 @@ mod tests {
         let slot = JobSlot::new([0, 0, 0], SPIN_TIME);
         let span = |item: usize| Span { address: 1000 * item, bytes: 600 };
         // Items 0, 1 and 2, 3 and 4.
-        let spans = slot.spans(5, span);
+        let spans: Vec<Span> = slot.spans(5, span).collect();
         assert_eq!(spans.iter().map(|span| span.address).collect::<Vec<_>>(), [0, 1000, 3000]);
         slot.set_next(&spans, prefetch_line);
         for share in 0..3 {
             assert_eq!((0..10).filter(|_| slot.prefetch(share)).count(), 3, "256 bytes at a time");
         }
         // A single item belongs to one thread.
-        let alone = slot.spans(1, span);
+        let alone = slot.spans(1, span).collect::<Vec<_>>();
         assert_eq!(alone.iter().filter(|span| span.bytes > 0).count(), 1);
         slot.set_next(&spans, prefetch_line);
         slot.set_next(&[], prefetch_line);
